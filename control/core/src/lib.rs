@@ -1,1 +1,21 @@
-//! Being filled.
+//! The control plane without IO: the typed store, what changes it, and what follows from it.
+//!
+//! - [`model`]: the objects. [`command`]: the one way to change them. [`store`]: applies commands,
+//!   deterministically: every manager that applies the same log holds the same store.
+//! - [`leader`]: orchestrators, allocator retries, scheduler, restart: pure functions from a store
+//!   view (and leader memory) to commands.
+//! - [`stream`]: the revision stream and assignments, derived from the store.
+//! - [`token`]: join tokens.
+//!
+//! Nothing here reads a clock, draws random numbers on its own, or does IO: time and fresh ids come
+//! in with the command, leases are taken inside [`store::Store::apply`], so that no allocation is
+//! ever rebuilt from memory.
+
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod leader;
+pub mod model;
+pub mod store;
+pub mod stream;
+pub mod token;

@@ -1,1 +1,1 @@
-//! Being filled.
+//! The Linux shell of the data plane: observes and changes kernel state.

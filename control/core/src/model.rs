@@ -1,0 +1,288 @@
+//! The objects of the store.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use ipnetwork::IpNetwork;
+use mesh_types::{
+    ClusterId, EndpointId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId, Vni,
+    spec::{Labels, NetworkAttachment, NetworkSpec, PortSpec, ServiceSpec, TaskSpec},
+    task::{EndpointLease, TaskState, TaskStatus},
+};
+use serde::{Deserialize, Serialize};
+
+/// What every object has. Times are milliseconds since the Unix epoch, as the proposer saw them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Meta {
+    /// The revision of the last change: the optimistic lock of updates.
+    pub version: Revision,
+    /// When it was made.
+    pub created_ms: u64,
+    /// When it was last changed.
+    pub updated_ms: u64,
+}
+
+/// The cluster itself: one object, made by `swarm init`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Its id.
+    pub id: ClusterId,
+    /// Version and times.
+    pub meta: Meta,
+    /// What the operator set.
+    pub spec: ClusterSpec,
+    /// The root certificate, PEM.
+    pub ca_cert_pem: String,
+    /// The root key, PEM (PKCS #8). The log is sealed at rest.
+    pub ca_key_pem: String,
+    /// The secret of the worker token.
+    pub worker_secret: [u8; 16],
+    /// The secret of the manager token.
+    pub manager_secret: [u8; 16],
+    /// Seals gossip datagrams.
+    pub gossip_key: [u8; 32],
+    /// The next endpoint id to lease. Never goes back.
+    pub next_endpoint: EndpointId,
+    /// The next node number to lease. Never goes back.
+    pub next_node: NodeNumber,
+    /// The next VNI to lease (wraps, skipping those in use).
+    pub next_vni: Vni,
+}
+
+/// What the operator set for the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterSpec {
+    /// User labels.
+    pub labels: Labels,
+    /// Subnets of networks are leased from these.
+    pub address_pools: Vec<IpNetwork>,
+    /// The prefix length of a leased subnet.
+    pub subnet_len: u8,
+    /// VXLAN's UDP port, 1024–49151.
+    pub data_path_port: u16,
+    /// Ended tasks kept per slot.
+    pub task_history: u32,
+    /// Life of a node certificate, seconds.
+    pub certificate_secs: u64,
+}
+
+impl Default for ClusterSpec {
+    fn default() -> Self {
+        Self {
+            labels: Labels::new(),
+            // Swarm's default pool; 10.0.0.0/24 becomes the ingress network, as there.
+            address_pools: vec![
+                IpNetwork::new(IpAddr::from([10, 0, 0, 0]), 8)
+                    .unwrap_or_else(|_| unreachable!("10.0.0.0/8 is a network")),
+            ],
+            subnet_len: 24,
+            data_path_port: 4789,
+            task_history: 5,
+            certificate_secs: 90 * 24 * 3600,
+        }
+    }
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// Its number; its raft id too.
+    pub number: NodeNumber,
+    /// Version and times.
+    pub meta: Meta,
+    /// What the operator set.
+    pub spec: NodeSpec,
+    /// What the node says of itself.
+    pub description: NodeDescription,
+    /// Where managers (port 2377) and other nodes (7946) reach it: the advertised address.
+    pub address: SocketAddr,
+    /// Where its tunnels end.
+    pub vtep: IpAddr,
+    /// Whether it is alive, as the leader sees it.
+    pub status: NodeStatus,
+}
+
+/// What the operator set for a node.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeSpec {
+    /// An optional name that wins over the host name.
+    pub name: Option<String>,
+    /// User labels.
+    pub labels: Labels,
+    /// Manager or worker.
+    pub role: Role,
+    /// Whether it takes tasks.
+    pub availability: Availability,
+}
+
+/// A node's role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Runs tasks.
+    #[default]
+    Worker,
+    /// Holds the store too.
+    Manager,
+}
+
+/// Whether a node takes tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Availability {
+    /// Takes new tasks.
+    #[default]
+    Active,
+    /// Keeps what it has, takes no more.
+    Pause,
+    /// Has its tasks moved away.
+    Drain,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeDescription {
+    /// Host name.
+    pub hostname: String,
+    /// `x86_64`.
+    pub architecture: String,
+    /// `linux`.
+    pub os: String,
+    /// Version of meshd.
+    pub engine_version: String,
+    /// CPUs in billionths.
+    pub nano_cpus: u64,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Addresses and routes of the host that are none of ours: no subnet may overlap them.
+    pub host_routes: BTreeSet<IpNetwork>,
+}
+
+/// Whether a node is alive.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// The verdict.
+    pub state: NodeState,
+    /// Why it is not ready.
+    pub message: String,
+}
+
+/// The leader's verdict about a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// Never heard of since the leader changed.
+    #[default]
+    Unknown,
+    /// Missed its heartbeats.
+    Down,
+    /// Has a session.
+    Ready,
+    /// Left.
+    Disconnected,
+}
+
+/// A network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Its id.
+    pub id: NetworkId,
+    /// Version and times.
+    pub meta: Meta,
+    /// What the user asked for.
+    pub spec: NetworkSpec,
+    /// Leased.
+    pub vni: Vni,
+    /// Given or leased.
+    pub subnet: IpNetwork,
+    /// Given or the first host.
+    pub gateway: IpAddr,
+    /// Who holds which address. One owner each, by construction.
+    pub leases: BTreeMap<IpAddr, Holder>,
+    /// Where the next search for a free address begins, so that addresses are reused late.
+    pub cursor: u128,
+}
+
+/// Who holds an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Holder {
+    /// The network's gateway.
+    Gateway,
+    /// A service's VIP.
+    Vip(ServiceId),
+    /// An interface of a task.
+    Endpoint(TaskId, EndpointId),
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its id.
+    pub id: ServiceId,
+    /// Version and times.
+    pub meta: Meta,
+    /// What the user asked for.
+    pub spec: ServiceSpec,
+    /// Revision at which `spec.task` or `spec.networks` last changed: tasks made from an older one
+    /// are out of date.
+    pub spec_version: Revision,
+    /// The spec before the last update.
+    pub previous_spec: Option<Box<ServiceSpec>>,
+    /// VIPs, in the order of `spec.networks` (and the ingress network when ports are published).
+    pub vips: Vec<(NetworkId, IpAddr)>,
+    /// Published ports with the leased ones filled in.
+    pub ports: Vec<PortSpec>,
+    /// Removed by the user: its tasks are being ended.
+    pub removing: bool,
+}
+
+/// A task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Its id.
+    pub id: TaskId,
+    /// Version and times.
+    pub meta: Meta,
+    /// Its service.
+    pub service: ServiceId,
+    /// Its service's name when it was made.
+    pub service_name: String,
+    /// Its slot; `None` for global services.
+    pub slot: Option<u64>,
+    /// Its node; for global services from the start.
+    pub node: Option<NodeId>,
+    /// [`Service::spec_version`] that it was made from.
+    pub spec_version: Revision,
+    /// What it runs.
+    pub spec: TaskSpec,
+    /// The networks that it joins.
+    pub networks: Vec<NetworkAttachment>,
+    /// Whether its service publishes ports.
+    pub published: bool,
+    /// Its interfaces; empty while `New` and once given back.
+    pub leases: Vec<EndpointLease>,
+    /// How far it should go. Written by managers alone.
+    pub desired: TaskState,
+    /// How far it is. Written from its node's reports, and by managers before a node has it.
+    pub status: TaskStatus,
+    /// With desired `Ready`: when to go on to `Running` (the restart delay), ms since the epoch.
+    pub start_at_ms: Option<u64>,
+    /// States that it went through and when (ms), newest last; for `service ps` and `doctor`.
+    pub history: Vec<(TaskState, u64)>,
+}
+
+impl Task {
+    /// `<service>.<slot>.<task id>`; the node id stands for the slot of a global service's task.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match (self.slot, self.node) {
+            (Some(slot), _) => format!("{}.{}.{}", self.service_name, slot, self.id),
+            (None, Some(node)) => format!("{}.{}.{}", self.service_name, node, self.id),
+            (None, None) => format!("{}.{}", self.service_name, self.id),
+        }
+    }
+}
