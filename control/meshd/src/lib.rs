@@ -1,0 +1,7 @@
+//! The node daemon. It alone owns a runtime, sockets, TLS and clocks; what it decides, it decides
+//! with the sans-IO crates below it.
+//!
+//! Read `node` first: a node is inactive or a member, and a member is a set of tasks around the
+//! revision stream.
+
+pub mod options;
