@@ -61,6 +61,11 @@ pub const ADDR_GATEWAY: u32 = 3;
 pub struct Endpoint {
     /// Its address.
     pub addr: Addr,
+    /// The tunnel's end of its node ([`Node::vtep`] of `node`; this node's own for a local one).
+    /// Copied here so that the packet path saves a look-up, on send and in the owner check.
+    pub vtep: Addr,
+    /// The next hop towards `vtep` ([`Node::next_hop`]; unused for a local endpoint).
+    pub next_hop: Addr,
     /// The number of the node that it is on.
     pub node: u64,
     /// Its network; 0 on a node-local `gw0`.
@@ -173,13 +178,28 @@ pub struct Config {
     pub flags: u32,
     /// Must be zero.
     pub pad: u32,
+    /// The ranges that `gw0` addresses come from: the node-local one and the ingress network's. A
+    /// task's `gw0` reaches no address in them but through a published port.
+    pub gateway_subnets: [Subnet; 2],
 }
+
+/// A range of addresses. A mask of zeros matches nothing.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Subnet {
+    /// The network address, IPv4 mapped.
+    pub addr: Addr,
+    /// The mask; of an IPv4 range the first 12 bytes are `ff`.
+    pub mask: Addr,
+}
+
 /// Encapsulate and strip through the VXLAN device instead of directly (the fallback).
 pub const CONFIG_VIA_DEVICE: u32 = 1;
 /// `bpf_skb_change_type` before `redirect_peer` (kernels before 6.15).
 pub const CONFIG_CHANGE_TYPE: u32 = 2;
 
-/// Key of the connection-tracking maps: one direction of a flow.
+/// Key of the connection-tracking maps ([`map::FLOWS`], [`map::FLOWS_NEW`]): one direction of a
+/// flow, as seen at one kind of place.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey {
@@ -200,6 +220,56 @@ pub struct FlowKey {
     /// Must be zero.
     pub pad: u16,
 }
+/// Task to VIP, as the task sends it. A hairpin's replies are of this kind too.
+pub const FLOW_VIP: u8 = 1;
+/// Backend to task: the replies of [`FLOW_VIP`], as they arrive at the client's node.
+pub const FLOW_VIP_REPLY: u8 = 2;
+/// Client to a published port of a node: at the ingress node, and at the backend's.
+pub const FLOW_MESH: u8 = 3;
+/// `gw0` to client: the replies of [`FLOW_MESH`], as the backend sends them.
+pub const FLOW_MESH_REPLY: u8 = 4;
+/// `gw0` of a client task to a published port of its own node.
+pub const FLOW_SELF: u8 = 5;
+/// Published port of this node to this node: the replies of [`FLOW_SELF`].
+pub const FLOW_SELF_REPLY: u8 = 6;
+
+/// Value of the connection-tracking maps: the decision that was taken for the flow, and its state.
+///
+/// The entries of a flow's two directions (*partners*) carry each other's keys: see
+/// `mesh_ebpf_core::flow::partner`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FlowValue {
+    /// What replaces the destination (forward) or the source (reply).
+    pub addr: Addr,
+    /// Forward: the backend's endpoint. [`FLOW_SELF_REPLY`]: the client's.
+    pub endpoint: u64,
+    /// [`FLOW_MESH_REPLY`]: the number of the ingress node.
+    pub node: u64,
+    /// When the last packet passed, to the second: CLOCK_MONOTONIC, nanoseconds.
+    pub last_ns: u64,
+    /// What replaces the destination port (forward) or the source port (reply); network order.
+    pub port_be: u16,
+    /// The client's port on the other side of the translation; network order.
+    pub client_port_be: u16,
+    /// `FLOW_STATE_*`.
+    pub state: u16,
+    /// Must be zero.
+    pub pad: u16,
+}
+/// A reply was seen (on the reply's entry; on the forward one where it has no partner).
+pub const FLOW_STATE_REPLIED: u16 = 1;
+/// The client sent FIN.
+pub const FLOW_STATE_FIN: u16 = 2;
+/// The backend sent FIN.
+pub const FLOW_STATE_FIN_REPLY: u16 = 4;
+/// Client and backend are one task: both addresses are translated.
+pub const FLOW_STATE_HAIRPIN: u16 = 8;
+/// The flow has one entry only (the ingress node of a backend elsewhere).
+pub const FLOW_STATE_ALONE: u16 = 16;
+
+/// Entries of [`map::VIP_CLIENTS`].
+pub const VIP_CLIENTS_CAPACITY: u32 = 8192;
 
 /// Names of the maps, as in the object and under the pin directory.
 pub mod map {
@@ -225,6 +295,14 @@ pub mod map {
     pub const CONFIG: &str = "CONFIG";
     /// per-CPU array: `Counter` -> `u64`.
     pub const COUNTERS: &str = "COUNTERS";
+    /// hash: `FlowKey` -> `FlowValue`; established flows. The programs' own; user space collects
+    /// what `mesh_ebpf_core::flow::expired` says.
+    pub const FLOWS: &str = "FLOWS";
+    /// LRU hash: `FlowKey` -> `FlowValue`; half-open and closing flows. The programs' own.
+    pub const FLOWS_NEW: &str = "FLOWS_NEW";
+    /// array: ifindex of a task's veth, modulo its capacity -> `u64`; not zero once that task
+    /// talked to a VIP. The programs' own.
+    pub const VIP_CLIENTS: &str = "VIP_CLIENTS";
 }
 
 /// Names of the programs in the object.
@@ -281,6 +359,11 @@ counters! {
     FlowNew = 8, "flow_new";
     /// ICMP "fragmentation needed" sent.
     TooBigSent = 9, "too_big_sent";
+    /// Packets of flows that found the table of established ones full: they go on among the
+    /// half-open ones, where others may push them out.
+    FlowTableFull = 10, "flow_table_full";
+    /// ICMP errors translated and passed on.
+    IcmpRelayed = 11, "icmp_relayed";
     /// Not understood: too short, bad header.
     DropMalformed = 32, "malformed";
     /// Source MAC is not the endpoint's.
@@ -307,8 +390,8 @@ counters! {
     DropTooBig = 43, "too_big";
     /// An IP fragment.
     DropFragment = 44, "fragment";
-    /// Connection tracking is full.
-    DropFlowTable = 45, "flow_table_full";
+    /// Connection tracking could not take a new flow.
+    DropFlowTable = 45, "flow_insert";
     /// A protocol that cannot be balanced.
     DropProtocol = 46, "protocol";
     /// A mesh frame for a port or endpoint that is not published here.
@@ -319,6 +402,10 @@ counters! {
     DropTtl = 49, "ttl";
     /// From a task's `gw0` to another task's `gw0`: not a path.
     DropGatewayPeer = 50, "gateway_peer";
+    /// IPv6, which is not carried yet.
+    DropIpv6 = 51, "ipv6";
+    /// An ARP request for an address that nobody has here, or an ARP reply that nobody asked for.
+    DropArp = 52, "arp";
 }
 
 impl Counter {
@@ -337,12 +424,13 @@ impl Counter {
 const _: () = {
     assert!(size_of::<AddrKey>() == 20);
     assert!(size_of::<AddrValue>() == 16);
-    assert!(size_of::<Endpoint>() == 40);
+    assert!(size_of::<Endpoint>() == 72);
     assert!(size_of::<Port>() == 40);
     assert!(size_of::<Node>() == 32);
     assert!(size_of::<Service>() == 32);
     assert!(size_of::<PublishedKey>() == 4);
     assert!(size_of::<Published>() == 8);
-    assert!(size_of::<Config>() == 56);
+    assert!(size_of::<Config>() == 120);
     assert!(size_of::<FlowKey>() == 44);
+    assert!(size_of::<FlowValue>() == 48);
 };
