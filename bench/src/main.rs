@@ -1,5 +1,9 @@
 //! `mesh-bench`: measures mesh beside its peers, interleaved in one run, and writes the table.
 
+mod cluster;
+mod overlay;
+mod peers;
+mod shell;
 mod work;
 
 use anyhow::Result;
@@ -14,6 +18,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The clear overlay beside raw routing and Docker's path.
+    Overlay(overlay::Overlay),
+    /// Builds the peers alone and checks that they carry packets.
+    Peers,
     /// One workload, inside a namespace (used by the benchmarks themselves).
     #[command(hide = true)]
     Work(work::Work),
@@ -21,6 +29,16 @@ enum Command {
 
 fn main() -> Result<()> {
     match Cli::parse().command {
+        Command::Overlay(options) => overlay::run(&options),
+        Command::Peers => {
+            let peers = peers::Peers::build(1500)?;
+            for path in [peers.raw(), peers.docker(), peers.routed_from_outside()] {
+                let _server = path.server.serve(1, "--bind 0.0.0.0")?;
+                let out = path.client.work(0, &format!("rr --to {} --secs 0.5", path.to))?;
+                println!("{}: {out}", path.name);
+            }
+            Ok(())
+        }
         Command::Work(work) => work::run(work),
     }
 }
