@@ -1,0 +1,311 @@
+//! Stock Debian kernels in QEMU: the data plane's own tests, run where tcx is missing (6.1) and
+//! where it is there (6.12). No image is needed: an initramfs holds busybox, the modules, a few
+//! tools, and the test executables with their libraries.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A kernel series: its name for people, and the meta-package whose newest image is taken.
+const KERNELS: &[(&str, &str)] = &[("6.1", "linux-image-6.1.0-"), ("6.12", "linux-image-6.12.")];
+/// What the data plane and its tests need; names differ little between the two series.
+const MODULES: &[&str] = &[
+    "veth", "vxlan", "bridge", "sch_ingress", "cls_bpf", "act_bpf", "nf_tables", "nft_chain_nat",
+    "nft_masq", "nft_ct", "nft_fib_inet", "nft_nat", "nft_compat", "tun", "af_packet",
+];
+/// Tools that the tests call, beside busybox.
+const TOOLS: &[&str] = &["ip", "tc", "nft", "bridge", "ping"];
+/// A machine without KVM boots in 5 s and runs the tests in a minute or two.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Runs the packages' integration tests in every kernel. `filter` goes to the tests.
+pub(crate) fn run(packages: &[&str], filter: Option<&str>) -> Result<()> {
+    let dir = fs::canonicalize(".")?.join("target/vm");
+    fs::create_dir_all(&dir)?;
+    let tests = executables(packages)?;
+    ensure!(!tests.is_empty(), "no integration tests found in {packages:?}");
+    for (series, prefix) in KERNELS {
+        let Some(kernel) = Kernel::fetch(&dir, prefix)? else {
+            println!("vm {series}: skipped, this Debian release has no {prefix}* package");
+            continue;
+        };
+        println!("vm {series}: booting {}", kernel.release);
+        let start = Instant::now();
+        let initrd = initramfs(&dir, &kernel, &tests, filter)?;
+        boot(&dir, &kernel, &initrd, tests.len())?;
+        println!("vm {series}: passed in {} s", start.elapsed().as_secs());
+    }
+    Ok(())
+}
+
+/// Builds the packages' integration tests and lists them.
+fn executables(packages: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["test", "--no-run", "--test", "*"]);
+    for package in packages {
+        command.args(["-p", package]);
+    }
+    let output = command.output().context("running cargo")?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "the tests do not build:\n{text}");
+    // `  Executable tests/engine.rs (target/debug/deps/engine-0123456789abcdef)`
+    Ok(text
+        .lines()
+        .filter(|line| line.trim_start().starts_with("Executable"))
+        .filter_map(|line| Some(line.rsplit_once('(')?.1.trim_end_matches(')').into()))
+        .collect())
+}
+
+struct Kernel {
+    release: String,
+    root: PathBuf,
+}
+
+impl Kernel {
+    /// Downloads and unpacks the newest image of a series, once.
+    fn fetch(dir: &Path, prefix: &str) -> Result<Option<Self>> {
+        let pattern = format!("^{}[0-9].*-amd64$", prefix.replace('.', r"\."));
+        let found = text("apt-cache", &["search", "--names-only", &pattern])?;
+        let newest = found
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| !["cloud", "rt-", "dbg", "unsigned"].iter().any(|w| name.contains(w)))
+            .max_by_key(|name| version_key(name));
+        let Some(package) = newest else { return Ok(None) };
+        let release = package.trim_start_matches("linux-image-").to_owned();
+        let root = dir.join(&release);
+        if !root.join("done").exists() {
+            let _ = fs::remove_dir_all(&root);
+            fs::create_dir_all(&root)?;
+            quiet(Command::new("apt-get").args(["download", package]).current_dir(&root))
+                .with_context(|| format!("downloading {package}"))?;
+            let deb = fs::read_dir(&root)?
+                .filter_map(Result::ok)
+                .map(|entry| entry.path())
+                .find(|path| path.extension().is_some_and(|e| e == "deb"))
+                .context("apt-get downloaded no package")?;
+            quiet(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root))?;
+            fs::remove_file(deb)?;
+            // Releases with a merged /usr keep the modules there.
+            if !root.join("lib").exists() {
+                std::os::unix::fs::symlink("usr/lib", root.join("lib"))?;
+            }
+            quiet(Command::new("depmod").arg("-b").arg(&root).arg(&release))?;
+            fs::write(root.join("done"), "")?;
+        }
+        Ok(Some(Self { release, root }))
+    }
+
+    /// The files of a module and all that it needs, in loading order.
+    fn module_files(&self, module: &str) -> Result<Vec<PathBuf>> {
+        let root = self.root.to_string_lossy();
+        let args = ["-d", &root, "-S", &self.release, "--show-depends", module];
+        // A module that this kernel has built in, or does not know, is no file.
+        let Ok(out) = text("modprobe", &args) else { return Ok(Vec::new()) };
+        Ok(out.lines().filter_map(|line| Some(line.strip_prefix("insmod ")?.trim().into())).collect())
+    }
+}
+
+/// Numbers compare as numbers: 6.12.107 is newer than 6.12.99.
+fn version_key(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+fn text(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("running {program}: is it installed? `cargo xtask setup`"))?;
+    ensure!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn quiet(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+/// Copies a program and its libraries to the same paths under `root`.
+fn copy_with_libraries(program: &Path, to: &Path, root: &Path) -> Result<()> {
+    copy(program, &root.join(to))?;
+    let Ok(list) = text("ldd", &[&program.to_string_lossy()]) else { return Ok(()) };
+    for word in list.split_whitespace().filter(|word| word.starts_with('/')) {
+        let inside = root.join(word.trim_start_matches('/'));
+        if !inside.exists() {
+            copy(Path::new(word), &inside)?;
+        }
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::copy(from, to).with_context(|| format!("copying {}", from.display()))?;
+    Ok(())
+}
+
+fn initramfs(
+    dir: &Path,
+    kernel: &Kernel,
+    tests: &[PathBuf],
+    filter: Option<&str>,
+) -> Result<PathBuf> {
+    let root = dir.join(format!("initramfs-{}", kernel.release));
+    let _ = fs::remove_dir_all(&root);
+    for sub in ["bin", "dev", "proc", "sys", "run", "tmp", "tests", "modules", "var/lib", "etc"] {
+        fs::create_dir_all(root.join(sub))?;
+    }
+    copy(&which("busybox")?, &root.join("bin/busybox"))?;
+    for tool in TOOLS {
+        let path = which(tool)?;
+        copy_with_libraries(&path, Path::new("usr/sbin").join(tool).as_path(), &root)?;
+    }
+    let mut order = Vec::new();
+    let mut seen = BTreeSet::new();
+    for module in MODULES {
+        for file in kernel.module_files(module)? {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if seen.insert(name.clone()) {
+                let inside = root.join("modules").join(&name);
+                copy(&file, &inside)?;
+                if let Some(plain) = name.strip_suffix(".xz") {
+                    quiet(Command::new("xz").arg("-d").arg(&inside))?;
+                    order.push(plain.to_owned());
+                } else {
+                    order.push(name);
+                }
+            }
+        }
+    }
+    for (index, test) in tests.iter().enumerate() {
+        let name = test.file_name().unwrap_or_default().to_string_lossy();
+        let stem = name.rsplit_once('-').map_or(&*name, |(stem, _)| stem);
+        let inside = PathBuf::from(format!("tests/{index:02}-{stem}"));
+        copy_with_libraries(test, &inside, &root)?;
+        // Debug information is most of the size, and a guest without KVM unpacks it slowly.
+        quiet(Command::new("strip").arg("--strip-debug").arg(root.join(&inside)))?;
+    }
+    fs::write(root.join("init"), init_script(&order, filter))?;
+    quiet(Command::new("chmod").arg("-R").arg("a+rx").arg(&root))?;
+    let image = dir.join(format!("initramfs-{}.cpio.gz", kernel.release));
+    let pack = format!(
+        "cd {} && find . | cpio --quiet -o -H newc | gzip -1 > {}",
+        root.display(),
+        image.display()
+    );
+    quiet(Command::new("sh").arg("-c").arg(pack))?;
+    Ok(image)
+}
+
+fn which(program: &str) -> Result<PathBuf> {
+    for dir in ["/usr/sbin", "/usr/bin", "/sbin", "/bin"] {
+        let path = Path::new(dir).join(program);
+        if path.exists() {
+            return Ok(path);
+        }
+    }
+    bail!("{program} is not installed: `cargo xtask setup` installs it")
+}
+
+fn init_script(modules: &[String], filter: Option<&str>) -> String {
+    let load: String =
+        modules.iter().map(|m| format!("insmod /modules/{m} || echo \"no module {m}\"\n")).collect();
+    let filter = filter.unwrap_or_default();
+    format!(
+        r#"#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox --install -s /bin
+export PATH=/usr/sbin:/bin HOME=/ RUST_BACKTRACE=1 MESH_TEST_VM=1
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+mount -t bpf bpf /sys/fs/bpf
+mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup
+echo 1 > /proc/sys/net/core/bpf_jit_enable
+dmesg -n 1
+{load}ip link set lo up
+echo "VM-KERNEL $(uname -r)"
+for test in /tests/*; do
+  $test --test-threads=1 --nocapture {filter} 2>&1
+  echo "VM-RESULT $test $?"
+done
+poweroff -f
+"#
+    )
+}
+
+/// Boots, shows what the guest prints, and judges its results.
+fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<()> {
+    let log_path = dir.join(format!("{}.log", kernel.release));
+    let mut log = fs::File::create(&log_path)?;
+    let mut child = Command::new("qemu-system-x86_64")
+        .args(["-M", "q35", "-cpu", "qemu64", "-accel", "tcg,thread=multi", "-smp", "2"])
+        .args(["-m", "3072", "-nographic", "-no-reboot", "-nic", "none"])
+        .arg("-kernel")
+        .arg(kernel.root.join(format!("boot/vmlinuz-{}", kernel.release)))
+        .arg("-initrd")
+        .arg(initrd)
+        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .context("starting qemu-system-x86_64: `cargo xtask setup` installs it")?;
+    let stdout = child.stdout.take().context("qemu has no standard output")?;
+    let (lines, received) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if lines.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + DEADLINE;
+    let (mut passed, mut failed) = (0, Vec::new());
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(line) = received.recv_timeout(left) else { break };
+        writeln!(log, "{line}")?;
+        let result = line.split_once("VM-RESULT ").and_then(|(_, rest)| rest.rsplit_once(' '));
+        match result {
+            Some((_, "0")) => passed += 1,
+            Some((test, _)) => failed.push(test.to_owned()),
+            None if line.starts_with("test ") || line.contains("VM-KERNEL") => {
+                println!("  {line}");
+            }
+            None => {}
+        }
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    ensure!(
+        failed.is_empty() && passed == tests,
+        "kernel {}: {passed} of {tests} test programs passed, failed: {failed:?}; \
+         the guest's output is in {}",
+        kernel.release,
+        log_path.display()
+    );
+    Ok(())
+}
