@@ -1,1 +1,32 @@
-//! Being filled.
+//! The replicated store: openraft on redb behind three verbs, `propose`, `read_barrier`, `watch`.
+//!
+//! - [`Raft`] is the handle: it starts, forwards writes to the leader, waits until they are applied
+//!   here, and says who leads.
+//! - `disk` is the one file (log, vote, snapshot), sealed record by record; `machine` the store in
+//!   memory; `network` the calls between nodes over a [`Transport`] that the daemon gives.
+//!
+//! openraft is an implementation detail: no type of it crosses this seam.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod disk;
+mod forward;
+mod handle;
+mod leadership;
+mod machine;
+mod network;
+mod seal;
+mod types;
+
+pub use config::{RaftConfig, Timers};
+pub use disk::DiskError;
+pub use forward::{Applied, NO_LEADER, ProposeError, ReadError, VoterError};
+pub use handle::{BootstrapError, Raft, ServeError, StartError};
+pub use leadership::Leadership;
+pub use network::{RpcKind, Transport, TransportError, UnknownKind};
+pub use seal::SealError;
+pub use types::CodecError;
+
+#[cfg(test)]
+mod tests;

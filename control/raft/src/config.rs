@@ -1,0 +1,110 @@
+//! What a raft node is started with.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use mesh_types::NodeNumber;
+use openraft::{Config, ConfigError, SnapshotPolicy, StepDownPolicy};
+
+/// What a raft node is started with.
+#[derive(Clone)]
+pub struct RaftConfig {
+    /// Where its file is; made if it is not there.
+    pub dir: PathBuf,
+    /// This node's number. Never used again by another node, nor by this one with an empty disk.
+    pub number: NodeNumber,
+    /// Where the other managers reach it.
+    pub address: SocketAddr,
+    /// Seals what is on disk. Of this node alone.
+    pub data_key: [u8; 32],
+    /// How patient it is.
+    pub timers: Timers,
+    /// Snapshots are made after this many entries; 5,000 by default. Larger: longer restarts.
+    pub snapshot_entries: u64,
+    /// Or after this many bytes of log; 16 MiB by default.
+    pub snapshot_bytes: u64,
+}
+
+impl RaftConfig {
+    /// With the defaults.
+    #[must_use]
+    pub fn new(dir: PathBuf, number: NodeNumber, address: SocketAddr, data_key: [u8; 32]) -> Self {
+        Self {
+            dir,
+            number,
+            address,
+            data_key,
+            timers: Timers::default(),
+            snapshot_entries: 5000,
+            snapshot_bytes: 16 << 20,
+        }
+    }
+}
+
+impl fmt::Debug for RaftConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the key.
+        f.debug_struct("RaftConfig")
+            .field("dir", &self.dir)
+            .field("number", &self.number)
+            .field("address", &self.address)
+            .field("timers", &self.timers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How patient a raft node is. All managers of a cluster should have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timers {
+    /// Between heartbeats; 125 ms.
+    pub heartbeat: Duration,
+    /// The shortest silence after which a follower stands for election; 500 ms.
+    pub election_min: Duration,
+    /// The longest; 900 ms. Voters that heard their leader within this time elect no other.
+    pub election_max: Duration,
+    /// How long a proposal tries, over changes of the leader; 5 s.
+    pub propose: Duration,
+    /// How long a change of the voters tries; 20 s.
+    pub change: Duration,
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(125),
+            election_min: Duration::from_millis(500),
+            election_max: Duration::from_millis(900),
+            propose: Duration::from_secs(5),
+            change: Duration::from_secs(20),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Entries kept behind a snapshot for followers that are a little late.
+const KEEP: u64 = 500;
+
+pub(crate) fn openraft(config: &RaftConfig) -> Result<Arc<Config>, ConfigError> {
+    let timers = &config.timers;
+    let config = Config {
+        cluster_name: "mesh".into(),
+        heartbeat_interval: millis(timers.heartbeat),
+        election_timeout_min: millis(timers.election_min),
+        election_timeout_max: millis(timers.election_max),
+        enable_pre_vote: Some(true),
+        // A restarted leader stands for election as all do: the usual proof of raft holds.
+        enable_leader_restore: Some(false),
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_entries),
+        max_in_snapshot_log_to_keep: KEEP.min(config.snapshot_entries),
+        // Must exceed the snapshot policy: a snapshot could not catch up a follower otherwise.
+        replication_lag_threshold: config.snapshot_entries * 2,
+        install_snapshot_timeout: 15_000,
+        removed_leader_step_down: StepDownPolicy::After(150),
+        // A peer that comes back is found within half a second.
+        backoff: "100ms 200ms ...500ms".into(),
+        ..Config::default()
+    };
+    Ok(Arc::new(config.validate()?))
+}
