@@ -4,4 +4,6 @@
 //! Read `node` first: a node is inactive or a member, and a member is a set of tasks around the
 //! revision stream.
 
+pub mod agent;
+pub mod api;
 pub mod options;
