@@ -1,0 +1,333 @@
+//! `meshctl lab`: the command line of the lab library. Its names and outputs are a contract with
+//! scripts of others.
+//!
+//! It ignores `MESH_HOST` and `DOCKER_HOST`: a lab is always on this machine. Two commands are
+//! hidden: `init` is what a machine of a lab runs as, `daemon` turns into its `meshd`. [`run`] must
+//! be called before any thread is started, since only a process of one thread can change mount
+//! namespaces.
+
+use std::{
+    io::{self, IsTerminal},
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use mesh_lab::{DaemonSignal, Lab, LabName, Row, Topology, UpOptions};
+
+/// Whole clusters on this machine, in network namespaces.
+#[derive(Debug, Args)]
+pub(crate) struct LabArgs {
+    /// The lab's name; several run side by side.
+    #[arg(long, global = true, default_value = "lab", value_name = "NAME")]
+    name: LabName,
+    #[command(subcommand)]
+    command: LabCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum LabCommand {
+    /// Build a lab and wait until all its nodes are Ready
+    Up(UpArgs),
+    /// List the machines of a lab
+    Ps {
+        /// `table` or `json`
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+    },
+    /// Run a command inside a machine of the lab
+    Exec {
+        /// A node, `client` or `router`
+        node: String,
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Print what makes `meshctl` and `docker` on the host speak to a node
+    Env {
+        /// The node
+        node: String,
+    },
+    /// Stop, start, restart or kill a node's daemon, or crash the whole node
+    Node {
+        /// The node
+        node: String,
+        /// What happens to it
+        action: NodeAction,
+    },
+    /// Cut or restore a node's underlay link
+    Link {
+        /// The node
+        node: String,
+        #[command(subcommand)]
+        action: LinkAction,
+    },
+    /// Split the underlay into groups
+    Partition(Later),
+    /// End a partition
+    Heal(Later),
+    /// Capture a node's underlay traffic
+    Capture(Later),
+    /// Add a node to a running lab
+    AddNode(Later),
+    /// Remove a node from a running lab
+    RmNode(Later),
+    /// Remove a lab and everything that it left
+    Down {
+        /// Every lab on this machine
+        #[arg(long)]
+        all: bool,
+    },
+    /// What a machine of a lab runs as
+    #[command(hide = true)]
+    Init { machine: String },
+    /// Turns into the daemon of a node
+    #[command(hide = true)]
+    Daemon { node: String },
+}
+
+#[derive(Debug, Args)]
+struct UpArgs {
+    /// Managers, 1 to 9
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    managers: u8,
+    /// Workers, 0 to 79
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    workers: u8,
+    /// MTU of the underlay links
+    #[arg(long, default_value_t = 1500, value_name = "BYTES")]
+    mtu: u32,
+    /// Start the daemons only, for trying `swarm init` and `swarm join` by hand
+    #[arg(long)]
+    no_cluster: bool,
+    /// An argument added to every daemon's own (repeat it for more); those in the environment
+    /// variable MESH_LAB_MESHD_ARGS, separated by blanks, come first
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    meshd_arg: Vec<String>,
+}
+
+/// Takes any arguments of a command that is not there yet, so that the refusal is by its name.
+#[derive(Debug, Args)]
+struct Later {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _any: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum NodeAction {
+    /// SIGTERM to the daemon; tasks run on
+    Stop,
+    /// Start the daemon, and a crashed node
+    Start,
+    /// Stop, then start
+    Restart,
+    /// SIGKILL to the daemon
+    Kill,
+    /// The sudden death of the machine; only its state directory stays
+    Crash,
+}
+
+#[derive(Debug, Subcommand)]
+enum LinkAction {
+    /// Cut it
+    Down,
+    /// Restore it
+    Up,
+    /// Make it bad
+    Impair(Later),
+    /// Make it good again
+    Clear(Later),
+}
+
+/// Runs one `meshctl lab` command. `exec` does not come back: the process becomes the command.
+pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
+    let LabArgs { name, command } = args;
+    match command {
+        LabCommand::Up(args) => up(&name, args)?,
+        LabCommand::Ps { format } => ps(&Lab::open(&name)?.ps(), format)?,
+        LabCommand::Exec { node, command } => return exec(&name, &node, &command),
+        LabCommand::Env { node } => {
+            let lab = Lab::open(&name)?;
+            let socket = lab.places().socket(&lab.node(&node)?.name);
+            for variable in ["MESH_HOST", "DOCKER_HOST"] {
+                println!("export {variable}=unix://{}", socket.display());
+            }
+        }
+        LabCommand::Node { node, action } => node_action(&Lab::open(&name)?, &node, action)?,
+        LabCommand::Link { node, action } => match action {
+            LinkAction::Down => Lab::open(&name)?.set_link(&node, false)?,
+            LinkAction::Up => Lab::open(&name)?.set_link(&node, true)?,
+            LinkAction::Impair(_) => later("lab link NODE impair")?,
+            LinkAction::Clear(_) => later("lab link NODE clear")?,
+        },
+        LabCommand::Partition(_) => later("lab partition")?,
+        LabCommand::Heal(_) => later("lab heal")?,
+        LabCommand::Capture(_) => later("lab capture")?,
+        LabCommand::AddNode(_) => later("lab add-node")?,
+        LabCommand::RmNode(_) => later("lab rm-node")?,
+        LabCommand::Down { all: false } => down(&name)?,
+        LabCommand::Down { all: true } => down_all()?,
+        LabCommand::Init { machine } => mesh_lab::run_init(&name, &machine)?,
+        LabCommand::Daemon { node } => return Err(daemon(&name, &node)?),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn later(command: &str) -> Result<()> {
+    bail!("`{command}` is due with a later version")
+}
+
+fn up(name: &LabName, args: UpArgs) -> Result<()> {
+    let UpArgs { managers, workers, mtu, no_cluster, meshd_arg } = args;
+    let from_environment = std::env::var("MESH_LAB_MESHD_ARGS").unwrap_or_default();
+    let meshd_args = from_environment.split_whitespace().map(str::to_owned).chain(meshd_arg);
+    let options = UpOptions {
+        topology: Topology { managers, workers, mtu },
+        cluster: !no_cluster,
+        meshctl: this_binary()?,
+        meshd_args: meshd_args.collect(),
+    };
+    let begin = Instant::now();
+    let progress = |step: &str| {
+        println!("{} {step:<58} {:>6.2} s", tick(), begin.elapsed().as_secs_f64());
+    };
+    Lab::up(name, options, &progress)?;
+    let named = if name.as_str() == "lab" { String::new() } else { format!(" --name {name}") };
+    println!("lab {name} is up; `eval $(meshctl lab env m1{named})` points meshctl and docker at it");
+    Ok(())
+}
+
+fn tick() -> &'static str {
+    if io::stdout().is_terminal() { "\x1b[32m✓\x1b[0m" } else { "✓" }
+}
+
+fn this_binary() -> Result<PathBuf> {
+    std::env::current_exe().context("find this binary, beside which meshd is")
+}
+
+fn ps(rows: &[Row], format: Format) -> Result<()> {
+    match format {
+        Format::Json => {
+            println!("{}", serde_json::to_string_pretty(rows).context("print the machines")?);
+        }
+        Format::Table => print!("{}", table(rows)),
+    }
+    Ok(())
+}
+
+fn table(rows: &[Row]) -> String {
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let heads =
+        ["NAME", "ROLE", "ADDRESS", "ADDRESS6", "NETNS", "PID", "STATE", "SOCKET", "STATE DIR"];
+    let mut lines = vec![heads.map(str::to_owned)];
+    lines.extend(rows.iter().map(|row| {
+        [
+            row.name.clone(),
+            row.role.as_str().to_owned(),
+            row.address.to_string(),
+            row.address6.to_string(),
+            row.netns.clone(),
+            or_dash(row.pid.map(|pid| pid.to_string())),
+            row.state.as_str().to_owned(),
+            or_dash(row.socket.as_ref().map(|path| path.display().to_string())),
+            or_dash(row.state_dir.as_ref().map(|path| path.display().to_string())),
+        ]
+    }));
+    let widths: Vec<usize> = (0..heads.len())
+        .map(|column| lines.iter().map(|line| line[column].len()).max().unwrap_or(0))
+        .collect();
+    let mut out = String::new();
+    for line in &lines {
+        let cells: Vec<_> =
+            line.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        out.push_str(cells.join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// Becomes `command` inside the machine: stdin, signals and the exit status are its own.
+fn exec(name: &LabName, machine: &str, command: &[String]) -> Result<ExitCode> {
+    /// What shells answer for a command that is not there, and for one that cannot be executed.
+    const NOT_FOUND: u8 = 127;
+    const NOT_EXECUTABLE: u8 = 126;
+    let lab = Lab::open(name)?;
+    let member = lab.member(machine)?;
+    mesh_lab::enter(name, lab.places(), machine)?;
+    let (program, arguments) = command.split_first().context("no command given")?;
+    let mut process = Command::new(program);
+    process.args(arguments).env("PATH", path_with(lab.meshctl().parent()));
+    let host = format!("unix://{}", lab.places().socket(machine).display());
+    for variable in ["MESH_HOST", "DOCKER_HOST"] {
+        if member.role.is_node() {
+            process.env(variable, &host);
+        } else {
+            process.env_remove(variable);
+        }
+    }
+    let error = process.exec();
+    eprintln!("meshctl: run {program} on {machine}: {error}");
+    let missing = error.kind() == io::ErrorKind::NotFound;
+    Ok(ExitCode::from(if missing { NOT_FOUND } else { NOT_EXECUTABLE }))
+}
+
+/// The PATH with meshctl's own directory at its end, so that a lab's machines know `meshctl`.
+fn path_with(dir: Option<&std::path::Path>) -> std::ffi::OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let all = std::env::split_paths(&path).chain(dir.map(PathBuf::from));
+    std::env::join_paths(all).unwrap_or(path)
+}
+
+/// Becomes the daemon of a node; only an error comes back.
+fn daemon(name: &LabName, node: &str) -> Result<anyhow::Error> {
+    let lab = Lab::open(name)?;
+    let mut meshd = lab.daemon_command(node)?;
+    mesh_lab::enter(name, lab.places(), node)?;
+    std::env::set_current_dir("/").context("go to /")?;
+    let error = meshd.exec();
+    Ok(anyhow::Error::new(error).context(format!("start {}", meshd.get_program().display())))
+}
+
+fn node_action(lab: &Lab, node: &str, action: NodeAction) -> Result<()> {
+    match action {
+        NodeAction::Stop => lab.end_daemon(node, DaemonSignal::Stop),
+        NodeAction::Kill => lab.end_daemon(node, DaemonSignal::Kill),
+        NodeAction::Start => lab.start(node),
+        NodeAction::Restart => {
+            lab.end_daemon(node, DaemonSignal::Stop)?;
+            lab.start(node)
+        }
+        NodeAction::Crash => lab.crash(node),
+    }
+}
+
+fn down(name: &LabName) -> Result<()> {
+    if mesh_lab::down(name)? {
+        println!("lab {name} is removed");
+    } else {
+        println!("lab {name}: nothing to remove");
+    }
+    Ok(())
+}
+
+fn down_all() -> Result<()> {
+    let mut failed = Vec::new();
+    for name in mesh_lab::known_labs()? {
+        if let Err(e) = down(&name) {
+            failed.push(format!("{e:#}"));
+        }
+    }
+    if !failed.is_empty() {
+        bail!("{}", failed.join("\n"));
+    }
+    Ok(())
+}
