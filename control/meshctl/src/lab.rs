@@ -7,7 +7,7 @@
 //! namespaces.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
@@ -17,6 +17,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use mesh_lab::{DaemonSignal, Lab, LabName, Row, Topology, UpOptions};
+
+/// What tells `meshctl` and `docker` which daemon to speak to.
+const HOST_VARIABLES: [&str; 2] = ["MESH_HOST", "DOCKER_HOST"];
 
 /// Whole clusters on this machine, in network namespaces.
 #[derive(Debug, Args)]
@@ -158,8 +161,8 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
         LabCommand::Env { node } => {
             let lab = Lab::open(&name)?;
             let socket = lab.places().socket(&lab.node(&node)?.name);
-            for variable in ["MESH_HOST", "DOCKER_HOST"] {
-                println!("export {variable}=unix://{}", socket.display());
+            for variable in HOST_VARIABLES {
+                say(&format!("export {variable}=unix://{}\n", socket.display()))?;
             }
         }
         LabCommand::Node { node, action } => node_action(&Lab::open(&name)?, &node, action)?,
@@ -202,7 +205,9 @@ fn up(name: &LabName, args: UpArgs) -> Result<()> {
     };
     Lab::up(name, options, &progress)?;
     let named = if name.as_str() == "lab" { String::new() } else { format!(" --name {name}") };
-    println!("lab {name} is up; `eval $(meshctl lab env m1{named})` points meshctl and docker at it");
+    println!(
+        "lab {name} is up; `eval $(meshctl lab env m1{named})` points meshctl and docker at it"
+    );
     Ok(())
 }
 
@@ -217,11 +222,19 @@ fn this_binary() -> Result<PathBuf> {
 fn ps(rows: &[Row], format: Format) -> Result<()> {
     match format {
         Format::Json => {
-            println!("{}", serde_json::to_string_pretty(rows).context("print the machines")?);
+            let text = serde_json::to_string_pretty(rows).context("print the machines")?;
+            say(&format!("{text}\n"))
         }
-        Format::Table => print!("{}", table(rows)),
+        Format::Table => say(&table(rows)),
     }
-    Ok(())
+}
+
+/// Prints; a reader that has gone (`| head`) is no error.
+fn say(text: &str) -> Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).context("print"),
+        _ => Ok(()),
+    }
 }
 
 fn table(rows: &[Row]) -> String {
@@ -267,7 +280,7 @@ fn exec(name: &LabName, machine: &str, command: &[String]) -> Result<ExitCode> {
     let mut process = Command::new(program);
     process.args(arguments).env("PATH", path_with(lab.meshctl().parent()));
     let host = format!("unix://{}", lab.places().socket(machine).display());
-    for variable in ["MESH_HOST", "DOCKER_HOST"] {
+    for variable in HOST_VARIABLES {
         if member.role.is_node() {
             process.env(variable, &host);
         } else {

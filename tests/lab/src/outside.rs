@@ -29,6 +29,8 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 /// RFC 1035 section 4.2.1: the largest answer by UDP without EDNS.
 const UDP_MAX: usize = 512;
 
+type Server = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
 /// The bound sockets; [`Self::serve`] answers on them.
 #[derive(Debug)]
 pub struct Outside {
@@ -65,7 +67,7 @@ impl Outside {
     /// When a thread cannot be started or a socket breaks.
     pub fn serve(self) -> Result<()> {
         let Self { dns, dns_tcp, http, echo, echo_tcp } = self;
-        let servers: [(&str, Box<dyn FnOnce() -> io::Result<()> + Send>); 5] = [
+        let servers: [(&str, Server); 5] = [
             ("dns", Box::new(move || each_datagram(&dns, |query, _| answer(query, UDP_MAX)))),
             ("dns-tcp", Box::new(move || each_connection(&dns_tcp, serve_dns_tcp))),
             ("http", Box::new(move || each_connection(&http, serve_http))),

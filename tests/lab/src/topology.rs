@@ -178,6 +178,15 @@ impl Member {
         }
     }
 
+    /// The MAC of its link, made of its address: a machine that crashed comes back with the same,
+    /// so that its neighbours' tables stay true, as with a real card.
+    #[must_use]
+    pub fn mac(&self) -> [u8; 6] {
+        let [a, b, c, d] = self.address.octets();
+        // Locally administered, unicast, and of none of the kinds that mesh gives a meaning.
+        [0xee, 0, a, b, c, d]
+    }
+
     /// The default gateway, unless this is the router itself.
     #[must_use]
     pub fn gateway(&self) -> Option<(Ipv4Addr, Ipv6Addr)> {

@@ -69,6 +69,7 @@ pub(crate) fn connect(
     inside(router, async |handle| {
         let far_end = LinkMessageBuilder::<LinkUnspec>::new()
             .name(UPLINK)
+            .address(member.mac().to_vec())
             .mtu(mtu)
             .setns_by_fd(netns.as_raw_fd())
             .build();
