@@ -1,1 +1,17 @@
-//! Being filled.
+//! The resolver of tasks: 127.0.0.11 in every task's network namespace.
+//!
+//! [`answer`] is the logic, without IO: a [`Snapshot`](snapshot::Snapshot) becomes an
+//! [`Index`](index::Index), and a query of a task becomes a [`Decision`](answer::Decision).
+//! [`server`] is the shell around it, the process `meshd dns`: sockets inside the tasks' namespaces,
+//! [`forward`]ing of outside names from the node's, and the [`control`] socket on which meshd pushes
+//! snapshots. It goes on with its last snapshot while meshd is away.
+//!
+//! Which names are internal, and so never leave the node, is said in [`index`].
+
+pub mod answer;
+pub mod control;
+pub mod forward;
+pub mod index;
+pub mod netns;
+pub mod server;
+pub mod snapshot;

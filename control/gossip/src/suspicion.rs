@@ -115,7 +115,8 @@ impl Suspicions {
             if now >= suspicion.deadline {
                 let heard = evidence.heard.get(&number).is_some_and(|at| *at > suspicion.since);
                 let deaf = evidence.deaf(number, now.saturating_sub(self.window));
-                if !heard && !(deaf && suspicion.doubts < MAX_DOUBTS) {
+                let doubtful = deaf && suspicion.doubts < MAX_DOUBTS;
+                if !heard && !doubtful {
                     dead.push(number);
                     continue;
                 }

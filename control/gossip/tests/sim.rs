@@ -1,6 +1,8 @@
 //! Whole clusters in virtual time: each seed is one run, exactly repeatable. Datagrams are delayed,
 //! reordered and lost; what is proved is what holds over the seeds below, not for all networks.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, BinaryHeap},
@@ -14,6 +16,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 const SEC: Duration = Duration::from_secs(1);
 
+type InFlight = (Duration, u64, u64, Vec<u8>);
+
 struct Sim {
     now: Duration,
     rng: StdRng,
@@ -22,7 +26,8 @@ struct Sim {
     /// Frozen nodes: their sockets fill, their timers wait.
     stalled: BTreeMap<u64, Vec<Vec<u8>>>,
     cut: BTreeSet<(u64, u64)>,
-    wire: BinaryHeap<Reverse<(Duration, u64, u64, Vec<u8>)>>,
+    /// When, a tie-breaker, to whom, what.
+    wire: BinaryHeap<Reverse<InFlight>>,
     sent: u64,
     bytes: u64,
     log: Vec<(Duration, u64, Event)>,

@@ -1,0 +1,302 @@
+//! The resolver's process, seen from meshd: started if it is not there, found again if it is, told
+//! every snapshot, started again if it dies. It outlives meshd on purpose.
+
+use std::{
+    fs, io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Args;
+use mesh_dns::{
+    control::{Request, Status, read_frame, write_frame},
+    server::RunConfig,
+    snapshot::Snapshot,
+};
+use mesh_types::TaskId;
+use thiserror::Error;
+use tokio::{
+    net::UnixStream,
+    process::{Child, Command},
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+/// How soon a connection is tried again; doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+/// A resolver that dies at once is started again no more often than this.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A connection that lasted this long was a good one: the next pause is short again.
+const GOOD_CONNECTION: Duration = Duration::from_secs(5);
+
+/// What `meshd dns` is told on its command line.
+#[derive(Debug, Clone, Args)]
+pub struct DnsArgs {
+    /// The unix socket on which meshd finds the resolver.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: PathBuf,
+    /// Where the resolver keeps the last snapshot.
+    #[arg(long, value_name = "PATH")]
+    pub state_file: PathBuf,
+}
+
+impl DnsArgs {
+    /// The body of `meshd dns`. Not to be called inside a runtime: it makes a small one of its own.
+    ///
+    /// # Errors
+    /// As [`mesh_dns::server::run`].
+    pub fn run(self) -> io::Result<()> {
+        mesh_dns::server::run(&RunConfig {
+            control_socket: self.control_socket,
+            state_file: self.state_file,
+        })
+    }
+}
+
+/// Why a task has no resolver yet.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum NotReady {
+    /// The process did not answer.
+    #[error("the resolver process is not running yet (its log: {log})")]
+    NoProcess {
+        /// Where it writes why.
+        log: String,
+    },
+    /// It could not open the task's sockets.
+    #[error("the resolver of task {task} is not ready: {reason}")]
+    Sockets {
+        /// Whose.
+        task: TaskId,
+        /// The last failure.
+        reason: String,
+    },
+}
+
+/// The resolver's process. Dropping this leaves it alone: it goes on serving.
+#[derive(Debug)]
+pub struct Resolver {
+    paths: Paths,
+    snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    stop: watch::Sender<bool>,
+    status: watch::Receiver<Option<Status>>,
+    supervisor: JoinHandle<()>,
+}
+
+#[derive(Debug, Clone)]
+struct Paths {
+    exe: PathBuf,
+    socket: PathBuf,
+    state: PathBuf,
+    log: PathBuf,
+}
+
+impl Resolver {
+    /// Starts to supervise the resolver, inside a tokio runtime. `exe` is meshd itself; the socket,
+    /// the last snapshot and the log are in `dir`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// If `dir` cannot be made.
+    pub fn start(exe: &Path, dir: &Path) -> io::Result<Self> {
+        fs::create_dir_all(dir).map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot make {}: {error}", dir.display()))
+        })?;
+        let paths = Paths {
+            exe: exe.to_owned(),
+            socket: dir.join("control.sock"),
+            state: dir.join("last.json"),
+            log: dir.join("log"),
+        };
+        let (snapshots, pushed) = watch::channel(None);
+        let (publish, status) = watch::channel(None);
+        let (stop, stopping) = watch::channel(false);
+        let supervisor =
+            Supervisor { paths: paths.clone(), pushed, publish, stopping, child: None };
+        let supervisor = tokio::spawn(supervisor.run());
+        Ok(Self { paths, snapshots, stop, status, supervisor })
+    }
+
+    /// Serves this snapshot from now on. The latest counts: one that was not sent yet is skipped.
+    pub fn push(&self, snapshot: Snapshot) {
+        self.snapshots.send_replace(Some(Arc::new(snapshot)));
+    }
+
+    /// How the resolver does; `None` while it is not connected.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Option<Status>> {
+        self.status.clone()
+    }
+
+    /// Waits until the task's sockets are open. The task must be in a snapshot that was pushed.
+    ///
+    /// # Errors
+    /// [`NotReady`] with the last reason, when `within` is over.
+    pub async fn wait_ready(&self, task: TaskId, within: Duration) -> Result<(), NotReady> {
+        let mut status = self.status.clone();
+        let ready = |status: &Option<Status>| {
+            status.as_ref().is_some_and(|s| matches!(s.tasks.get(&task), Some(None)))
+        };
+        if let Ok(Ok(_)) = timeout(within, status.wait_for(ready)).await {
+            return Ok(());
+        }
+        Err(match &*self.status.borrow() {
+            None => NotReady::NoProcess { log: self.paths.log.display().to_string() },
+            Some(status) => NotReady::Sockets {
+                task,
+                reason: match status.tasks.get(&task) {
+                    Some(Some(reason)) => reason.clone(),
+                    Some(None) | None => "it does not know the task yet".to_owned(),
+                },
+            },
+        })
+    }
+
+    /// Ends the resolver for good, as when the node leaves its cluster. Tasks that still run have no
+    /// resolver afterwards.
+    pub async fn shutdown(mut self) {
+        self.stop.send_replace(true);
+        let _ = (&mut self.supervisor).await;
+    }
+}
+
+impl Drop for Resolver {
+    fn drop(&mut self) {
+        self.supervisor.abort();
+    }
+}
+
+struct Supervisor {
+    paths: Paths,
+    pushed: watch::Receiver<Option<Arc<Snapshot>>>,
+    publish: watch::Sender<Option<Status>>,
+    stopping: watch::Receiver<bool>,
+    child: Option<Child>,
+}
+
+/// How a conversation ended.
+enum Ended {
+    Lost(io::Error),
+    Stopped,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let mut pause = PAUSE_MIN;
+        // A dead resolver's successor is started after the pause that its own life was worth.
+        let mut spawn_at = Instant::now();
+        loop {
+            if let Ok(stream) = UnixStream::connect(&self.paths.socket).await {
+                let since = Instant::now();
+                let ended = self.converse(stream).await;
+                self.publish.send_replace(None);
+                match ended {
+                    Ended::Stopped => return self.reap().await,
+                    Ended::Lost(error) => tracing::warn!(%error, "lost the resolver process"),
+                }
+                if since.elapsed() >= GOOD_CONNECTION {
+                    pause = PAUSE_MIN;
+                }
+            } else if *self.stopping.borrow() && self.child.is_none() {
+                return;
+            } else if Instant::now() >= spawn_at && !self.is_child_running() {
+                spawn_at = Instant::now() + pause;
+                match self.spawn() {
+                    Ok(child) => self.child = Some(child),
+                    Err(error) => tracing::error!(%error, "cannot start the resolver process"),
+                }
+            } else {
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+            sleep(pause.min(Duration::from_millis(100))).await;
+        }
+    }
+
+    /// Whether the process that this meshd started still runs; collects its status if not.
+    fn is_child_running(&mut self) -> bool {
+        match self.child.as_mut().map(Child::try_wait) {
+            Some(Ok(None)) => true,
+            Some(Ok(Some(status))) => {
+                tracing::warn!(%status, log = %self.paths.log.display(), "the resolver process ended");
+                self.child = None;
+                false
+            }
+            Some(Err(_)) | None => {
+                self.child = None;
+                false
+            }
+        }
+    }
+
+    fn spawn(&self) -> io::Result<Child> {
+        let Paths { exe, socket, state, log } = &self.paths;
+        let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
+        // It makes itself a session of its own, so that no signal to meshd's group reaches it.
+        Command::new(exe)
+            .arg("dns")
+            .arg("--control-socket")
+            .arg(socket)
+            .arg("--state-file")
+            .arg(state)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(|error| {
+                io::Error::new(error.kind(), format!("{} dns: {error}", exe.display()))
+            })
+    }
+
+    async fn reap(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = timeout(PAUSE_MAX, child.wait()).await;
+        }
+    }
+
+    async fn converse(&mut self, stream: UnixStream) -> Ended {
+        let (mut reader, mut writer) = stream.into_split();
+        let (pushed, stopping) = (&mut self.pushed, &mut self.stopping);
+        let tell = async {
+            loop {
+                let snapshot = pushed.borrow_and_update().clone();
+                if let Some(snapshot) = snapshot {
+                    let request = Request::Snapshot(Box::new(Snapshot::clone(&snapshot)));
+                    if let Err(error) = write_frame(&mut writer, &request).await {
+                        return Ended::Lost(error);
+                    }
+                }
+                tokio::select! {
+                    Ok(()) = pushed.changed() => {}
+                    Ok(_) = stopping.wait_for(|stop| *stop) => break,
+                    // The handle is gone, and this task about to be aborted: say nothing more, for
+                    // the resolver must outlive this meshd.
+                    else => std::future::pending::<()>().await,
+                }
+            }
+            if let Err(error) = write_frame(&mut writer, &Request::Shutdown).await {
+                return Ended::Lost(error);
+            }
+            // It closes the connection when it ends; until then it is still there.
+            std::future::pending().await
+        };
+        let publish = &self.publish;
+        let listen = async {
+            loop {
+                match read_frame::<Status>(&mut reader).await {
+                    Ok(Some(status)) => drop(publish.send_replace(Some(status))),
+                    Ok(None) => return Ended::Lost(io::ErrorKind::UnexpectedEof.into()),
+                    Err(error) => return Ended::Lost(error),
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = tell => ended,
+            ended = listen => ended,
+        };
+        if *self.stopping.borrow() { Ended::Stopped } else { ended }
+    }
+}

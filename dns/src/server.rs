@@ -1,0 +1,496 @@
+//! The process `meshd dns`: one thread, all tasks of the node.
+//!
+//! It ends when it is told to, never because meshd did. A snapshot says which tasks there are; their
+//! sockets are opened, and tried again until they are open, and closed when the task is gone.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{self, Write as _},
+    net::SocketAddr,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use mesh_types::TaskId;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
+use tokio::{
+    net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+    sync::{Semaphore, mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+use crate::{
+    answer::{Decision, Transport, answer, failure},
+    control::{Request, Status, read_frame, write_frame},
+    forward::{forward, read_message, write_message},
+    index::Index,
+    netns::{self, TaskSockets},
+    snapshot::Snapshot,
+};
+
+/// Queries under way to the node's resolvers, of all tasks. More are dropped: their askers ask again.
+const MAX_FORWARDS: usize = 1024;
+/// TCP connections of one task.
+const MAX_CONNECTIONS: usize = 64;
+/// How long a TCP connection may be idle (RFC 7766 section 6.2.3: a few seconds).
+const IDLE: Duration = Duration::from_secs(10);
+/// How soon sockets that could not be opened are tried again.
+const RETRY: Duration = Duration::from_millis(100);
+/// Snapshots are saved no more often than this.
+const SAVE_EVERY: Duration = Duration::from_millis(500);
+
+/// Where the resolver meets meshd.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The unix socket that it listens on.
+    pub control_socket: PathBuf,
+    /// Where it keeps the last snapshot.
+    pub state_file: PathBuf,
+}
+
+/// Runs the resolver until it is told to end, by [`Request::Shutdown`] or SIGTERM.
+///
+/// # Errors
+/// If it cannot start: another one has the control socket, or a path cannot be written.
+pub fn run(config: &RunConfig) -> io::Result<()> {
+    // A session of its own: what ends meshd's must not end this. Fails when it has one already.
+    let _ = nix::unistd::setsid();
+    // Two sockets per task and one per forwarded query.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(config))
+}
+
+/// The body of [`run`], inside a runtime.
+///
+/// # Errors
+/// As [`run`].
+pub async fn serve(config: &RunConfig) -> io::Result<()> {
+    let path = &config.control_socket;
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let _lock = lock(path)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(named(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(named)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(named)?;
+
+    let mut resolver = Resolver::new(config.state_file.clone());
+    if let Some(snapshot) = load(&config.state_file) {
+        resolver.apply(snapshot);
+    }
+    let ended = resolver.run(&listener).await;
+    let _ = fs::remove_file(path);
+    ended
+}
+
+/// Holds the lock that makes this the only resolver at its socket.
+fn lock(control_socket: &Path) -> io::Result<Flock<fs::File>> {
+    let path = control_socket.with_extension("lock");
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(named)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        named(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            format!("another resolver runs here ({errno}): end it first"),
+        ))
+    })
+}
+
+fn load(path: &Path) -> Option<Snapshot> {
+    let bytes = fs::read(path).ok()?;
+    serde_json::from_slice(&bytes)
+        .inspect_err(|error| {
+            let path = path.display();
+            tracing::warn!(%path, %error, "last snapshot is unreadable; waiting for meshd's");
+        })
+        .ok()
+}
+
+/// Writes a file so that a reader finds the old or the new one, whole.
+fn save(path: &Path, snapshot: &Snapshot) -> io::Result<()> {
+    let bytes = serde_json::to_vec(snapshot).map_err(io::Error::other)?;
+    let new = path.with_extension("new");
+    let mut file =
+        fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
+    file.write_all(&bytes)?;
+    fs::rename(&new, path)
+}
+
+/// What every query needs.
+struct Shared {
+    serving: watch::Sender<Arc<Serving>>,
+    turn: AtomicUsize,
+    forwards: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Serving {
+    index: Index,
+    upstreams: Vec<SocketAddr>,
+}
+
+struct Resolver {
+    shared: Arc<Shared>,
+    tasks: HashMap<TaskId, Listening>,
+    status: watch::Sender<Status>,
+    opened: mpsc::UnboundedSender<Opened>,
+    openings: mpsc::UnboundedReceiver<Opened>,
+    state_file: PathBuf,
+    unsaved: Option<(Instant, Snapshot)>,
+}
+
+struct Opened {
+    task: TaskId,
+    netns: PathBuf,
+    result: io::Result<TaskSockets>,
+}
+
+/// One task's sockets.
+struct Listening {
+    netns: PathBuf,
+    state: Opening,
+}
+
+enum Opening {
+    UnderWay,
+    Open { _loops: Loops },
+    Failed { error: String, retry: Instant },
+}
+
+/// The loops that serve one task. They end with it.
+struct Loops([AbortHandle; 2]);
+
+impl Drop for Loops {
+    fn drop(&mut self) {
+        for handle in &self.0 {
+            handle.abort();
+        }
+    }
+}
+
+enum Step {
+    Connected(io::Result<UnixStream>),
+    Asked(Request),
+    Opened(Opened),
+    Retry,
+    Save,
+    End,
+}
+
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(when) => sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Resolver {
+    fn new(state_file: PathBuf) -> Self {
+        let (opened, openings) = mpsc::unbounded_channel();
+        Self {
+            shared: Arc::new(Shared {
+                serving: watch::Sender::default(),
+                turn: AtomicUsize::new(0),
+                forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
+            }),
+            tasks: HashMap::new(),
+            status: watch::Sender::new(Status { pid: std::process::id(), ..Status::default() }),
+            opened,
+            openings,
+            state_file,
+            unsaved: None,
+        }
+    }
+
+    async fn run(&mut self, listener: &UnixListener) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let (ask, mut asked) = mpsc::channel(1);
+        let mut connections = JoinSet::new();
+        loop {
+            let retry = self.next_retry();
+            let save = self.unsaved.as_ref().map(|(when, _)| *when);
+            let step = tokio::select! {
+                accepted = listener.accept() => Step::Connected(accepted.map(|(stream, _)| stream)),
+                Some(request) = asked.recv() => Step::Asked(request),
+                Some(opened) = self.openings.recv() => Step::Opened(opened),
+                () = at(retry) => Step::Retry,
+                () = at(save) => Step::Save,
+                _ = terminate.recv() => Step::End,
+            };
+            while connections.try_join_next().is_some() {}
+            match step {
+                Step::Connected(Ok(stream)) => {
+                    connections.spawn(converse(stream, ask.clone(), self.status.subscribe()));
+                }
+                Step::Connected(Err(error)) => {
+                    tracing::warn!(%error, "control socket: accept failed");
+                    sleep(RETRY).await;
+                }
+                Step::Asked(Request::Snapshot(snapshot)) => {
+                    self.apply(*snapshot.clone());
+                    let when = Instant::now() + SAVE_EVERY;
+                    let when = self.unsaved.take().map_or(when, |(when, _)| when);
+                    self.unsaved = Some((when, *snapshot));
+                }
+                Step::Asked(Request::Shutdown) => {
+                    let _ = fs::remove_file(&self.state_file);
+                    return Ok(());
+                }
+                Step::Opened(opened) => self.handle_opened(opened),
+                Step::Retry => self.retry(),
+                Step::Save => self.save(),
+                Step::End => {
+                    self.save();
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Serves a snapshot from now on.
+    fn apply(&mut self, snapshot: Snapshot) {
+        let index = Index::new(&snapshot);
+        let Snapshot { tasks, upstreams, .. } = snapshot;
+        // A resolver that asks itself never answers.
+        let own = |upstream: &SocketAddr| upstream.ip() == netns::RESOLVER_ADDRESS;
+        let upstreams = upstreams.into_iter().filter(|upstream| !own(upstream)).collect();
+        self.shared.serving.send_replace(Arc::new(Serving { index, upstreams }));
+
+        let wanted: HashMap<TaskId, PathBuf> =
+            tasks.into_iter().map(|view| (view.task, view.netns)).collect();
+        self.tasks.retain(|task, listening| wanted.get(task) == Some(&listening.netns));
+        for (task, netns) in wanted {
+            if !self.tasks.contains_key(&task) {
+                self.open(task, netns);
+            }
+        }
+        self.report();
+    }
+
+    fn open(&mut self, task: TaskId, netns: PathBuf) {
+        self.tasks.insert(task, Listening { netns: netns.clone(), state: Opening::UnderWay });
+        let opened = self.opened.clone();
+        tokio::spawn(async move {
+            let result = netns::open(netns.clone()).await;
+            let _ = opened.send(Opened { task, netns, result });
+        });
+    }
+
+    fn handle_opened(&mut self, opened: Opened) {
+        let Opened { task, netns, result } = opened;
+        // Gone meanwhile, or there again in another namespace: these sockets close.
+        let Some(listening) = self.tasks.get_mut(&task).filter(|known| known.netns == netns) else {
+            return;
+        };
+        listening.state = match result.and_then(|sockets| start(&self.shared, task, sockets)) {
+            Ok(loops) => Opening::Open { _loops: loops },
+            Err(error) => {
+                tracing::debug!(%task, %error, "resolver sockets not open yet");
+                Opening::Failed { error: error.to_string(), retry: Instant::now() + RETRY }
+            }
+        };
+        self.report();
+    }
+
+    fn next_retry(&self) -> Option<Instant> {
+        self.tasks
+            .values()
+            .filter_map(|listening| match listening.state {
+                Opening::Failed { retry, .. } => Some(retry),
+                Opening::UnderWay | Opening::Open { .. } => None,
+            })
+            .min()
+    }
+
+    fn retry(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self
+            .tasks
+            .iter()
+            .filter(|(_, l)| matches!(l.state, Opening::Failed { retry, .. } if retry <= now))
+            .map(|(task, listening)| (*task, listening.netns.clone()))
+            .collect();
+        for (task, netns) in due {
+            self.open(task, netns);
+        }
+    }
+
+    fn save(&mut self) {
+        let Some((_, snapshot)) = self.unsaved.take() else { return };
+        if let Err(error) = save(&self.state_file, &snapshot) {
+            let path = self.state_file.display();
+            tracing::warn!(%path, %error, "cannot save the snapshot: a restart would serve an old one");
+        }
+    }
+
+    /// Tells meshd how it stands, if that changed.
+    fn report(&self) {
+        let revision = self.shared.serving.borrow().index.revision();
+        let before = self.status.borrow().tasks.clone();
+        let state = |task: &TaskId, listening: &Listening| match &listening.state {
+            Opening::Open { .. } => None,
+            Opening::Failed { error, .. } => Some(error.clone()),
+            // While it is tried again, the last error says more than "opening".
+            Opening::UnderWay => {
+                Some(before.get(task).cloned().flatten().unwrap_or_else(|| "opening".to_owned()))
+            }
+        };
+        let tasks = self.tasks.iter().map(|(task, l)| (*task, state(task, l))).collect();
+        self.status.send_if_modified(|status| {
+            let changed = status.revision != revision || status.tasks != tasks;
+            status.revision = revision;
+            status.tasks = tasks;
+            changed
+        });
+    }
+}
+
+/// Speaks with one meshd until it goes.
+async fn converse(
+    stream: UnixStream,
+    ask: mpsc::Sender<Request>,
+    mut status: watch::Receiver<Status>,
+) {
+    let (mut reader, mut writer) = stream.into_split();
+    let listen = async {
+        loop {
+            match read_frame(&mut reader).await {
+                Ok(Some(request)) => {
+                    if ask.send(request).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "control socket: bad request; connection closed");
+                    return;
+                }
+            }
+        }
+    };
+    let tell = async {
+        loop {
+            let now = status.borrow_and_update().clone();
+            if write_frame(&mut writer, &now).await.is_err() || status.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = listen => {}
+        () = tell => {}
+    }
+}
+
+fn start(shared: &Arc<Shared>, task: TaskId, sockets: TaskSockets) -> io::Result<Loops> {
+    let udp = Arc::new(UdpSocket::from_std(sockets.udp)?);
+    let tcp = TcpListener::from_std(sockets.tcp)?;
+    let udp = tokio::spawn(serve_udp(Arc::clone(shared), task, udp));
+    let tcp = tokio::spawn(serve_tcp(Arc::clone(shared), task, tcp));
+    Ok(Loops([udp.abort_handle(), tcp.abort_handle()]))
+}
+
+impl Shared {
+    fn decide(&self, task: TaskId, query: &[u8], transport: Transport) -> Decision {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        answer(&self.serving.borrow().index, task, query, transport, turn)
+    }
+
+    async fn forward(&self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+        let serving = Arc::clone(&self.serving.borrow());
+        match forward(query, &serving.upstreams, transport).await {
+            Some(reply) => Some(reply),
+            None => failure(query),
+        }
+    }
+}
+
+async fn serve_udp(shared: Arc<Shared>, task: TaskId, socket: Arc<UdpSocket>) {
+    let mut forwards = JoinSet::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let (length, from) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!(%task, %error, "resolver socket: receive failed");
+                sleep(RETRY).await;
+                continue;
+            }
+        };
+        while forwards.try_join_next().is_some() {}
+        let query = &buffer[..length];
+        match shared.decide(task, query, Transport::Udp) {
+            // A full socket buffer is a lost datagram, as on any network.
+            Decision::Reply(reply) => drop(socket.try_send_to(&reply, from)),
+            Decision::Drop => {}
+            Decision::Forward => {
+                let Ok(permit) = Arc::clone(&shared.forwards).try_acquire_owned() else { continue };
+                let (shared, socket, query) =
+                    (Arc::clone(&shared), Arc::clone(&socket), query.to_vec());
+                forwards.spawn(async move {
+                    let _permit = permit;
+                    if let Some(reply) = shared.forward(&query, Transport::Udp).await {
+                        let _ = socket.send_to(&reply, from).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+async fn serve_tcp(shared: Arc<Shared>, task: TaskId, listener: TcpListener) {
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        if connections.len() >= MAX_CONNECTIONS {
+            connections.join_next().await;
+            continue;
+        }
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                connections.spawn(serve_stream(Arc::clone(&shared), task, stream));
+            }
+            Err(error) => {
+                tracing::debug!(%task, %error, "resolver socket: accept failed");
+                sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+async fn serve_stream(shared: Arc<Shared>, task: TaskId, mut stream: TcpStream) {
+    while let Ok(Ok(Some(query))) = timeout(IDLE, read_message(&mut stream)).await {
+        let reply = match shared.decide(task, &query, Transport::Tcp) {
+            Decision::Reply(reply) => reply,
+            Decision::Drop => return,
+            Decision::Forward => {
+                let Ok(_permit) = shared.forwards.acquire().await else { return };
+                let Some(reply) = shared.forward(&query, Transport::Tcp).await else { return };
+                reply
+            }
+        };
+        if !matches!(timeout(IDLE, write_message(&mut stream, &reply)).await, Ok(Ok(()))) {
+            return;
+        }
+    }
+}
