@@ -306,8 +306,14 @@ impl Executor for ProcessExecutor {
             conn.send(&Request::Wait).await?;
             conn.receive().await
         };
-        if let Ok(Some(Response::Status(ShimStatus::Exited { exit }))) = waited.await {
-            return Ok(exit);
+        match waited.await {
+            Ok(Some(Response::Status(ShimStatus::Exited { exit }))) => return Ok(exit),
+            // It may have ended before we asked; then the record is there.
+            Ok(_) => {}
+            Err(error) if is_gone(&error) => {}
+            Err(error) => {
+                return Err(ExecutorError::io("ask the shim in", self.dir(task).path(), error));
+            }
         }
         self.recorded_exit(task)?.ok_or(ExecutorError::Lost(task))
     }

@@ -6,4 +6,10 @@
 
 pub mod agent;
 pub mod api;
+pub mod dns_process;
+pub mod gossip;
 pub mod options;
+pub mod identity;
+pub mod pki;
+
+pub mod tls;

@@ -1,0 +1,536 @@
+//! The agent's state machine: what to do next with each task of this node.
+//!
+//! Level-triggered: it compares what a task's assignment asks for with what is known to exist, and
+//! asks for the one step that brings them closer. At most one step per task is under way, beside the
+//! watch for its end. No IO and no clock: assignments, outcomes of steps and the time come in,
+//! [`Action`]s go out.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::PathBuf,
+    time::Duration,
+};
+
+use mesh_executor::{Exit, FoundState, SIGTERM, parse_signal};
+use mesh_types::{
+    TaskId,
+    task::{TaskAssignment, TaskState, TaskStatus},
+};
+
+/// Between SIGTERM and SIGKILL unless the service says otherwise (as in Swarm).
+const GRACE: Duration = Duration::from_secs(10);
+/// A step that must succeed in the end is tried again after at most this long.
+const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// One step for one task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Action {
+    pub(super) task: TaskId,
+    pub(super) step: Step,
+    /// Wait this long first: the step failed before.
+    pub(super) after: Duration,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Make its namespaces.
+    Prepare(Box<TaskAssignment>),
+    /// Plug its interfaces (again, after a restart of meshd: that may change nothing).
+    Attach(Box<TaskAssignment>, PathBuf),
+    Start,
+    /// Tell its end by [`Outcome::Ended`] or [`Outcome::Lost`]; not a step in the sequence.
+    Watch,
+    Stop {
+        signal: i32,
+        grace: Duration,
+    },
+    Detach,
+    /// End what is left of it and remove all that is on disk.
+    Remove,
+}
+
+/// How a step went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Prepared(PathBuf),
+    Started(u32),
+    /// Of a step without a result: attach, stop, detach, remove.
+    Done,
+    /// Of any step, with the reason for the user.
+    Failed(String),
+    /// Of a watch.
+    Ended(Exit),
+    /// Of a watch.
+    Lost(String),
+}
+
+/// A task as it is kept on disk, so that a restarted meshd goes on without a manager.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Kept {
+    pub(super) assignment: TaskAssignment,
+    pub(super) status: TaskStatus,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Process {
+    /// There is none. Something of an earlier attempt may be on disk.
+    Absent,
+    /// Namespaces stand, nothing runs.
+    Created,
+    Running,
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plugged {
+    No,
+    /// Attempted, or known from before a restart alone.
+    Maybe,
+    Yes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Busy {
+    Prepare,
+    Attach,
+    Start,
+    Stop,
+    Detach,
+    Remove,
+}
+
+#[derive(Debug)]
+struct Task {
+    /// `None`: it was found without one. One that has left the node's set keeps its last, with
+    /// `Remove` as the desired state, so that it is stopped as its service says.
+    assignment: Option<TaskAssignment>,
+    /// It is in the node's set.
+    named: bool,
+    process: Process,
+    netns: Option<PathBuf>,
+    plugged: Plugged,
+    /// Something may be on disk.
+    files: bool,
+    busy: Option<Busy>,
+    watched: bool,
+    /// It was asked to end.
+    stopping: bool,
+    /// Its stop has been sent.
+    stop_sent: bool,
+    /// The step that failed last, and how often in a row.
+    failed: Option<(Busy, u32)>,
+    /// What to report once its interfaces are gone, since its leases are given back then.
+    end: Option<TaskStatus>,
+    status: TaskStatus,
+}
+
+impl Task {
+    fn new() -> Self {
+        Self {
+            assignment: None,
+            named: false,
+            process: Process::Absent,
+            netns: None,
+            plugged: Plugged::No,
+            files: false,
+            busy: None,
+            watched: false,
+            stopping: false,
+            stop_sent: false,
+            failed: None,
+            end: None,
+            status: TaskStatus::default(),
+        }
+    }
+
+    /// How far the assignment wants it to go, if it is to live at all.
+    fn wanted(&self) -> Option<TaskState> {
+        let desired = self.assignment.as_ref()?.desired;
+        (desired <= TaskState::Running).then_some(desired)
+    }
+
+    /// Nothing of it needs to be kept.
+    fn forgettable(&self) -> bool {
+        self.assignment.as_ref().is_none_or(|a| a.desired == TaskState::Remove)
+    }
+
+    fn say(&mut self, now_ms: u64, state: TaskState, message: &str) {
+        self.report(TaskStatus {
+            state,
+            since_ms: now_ms,
+            message: message.to_owned(),
+            pid: self.status.pid,
+            ..TaskStatus::default()
+        });
+    }
+
+    /// Takes a status over unless it would go back or says nothing new.
+    fn report(&mut self, status: TaskStatus) {
+        let same = TaskStatus { since_ms: self.status.since_ms, ..status.clone() } == self.status;
+        if status.state >= self.status.state && !self.status.state.is_final() && !same {
+            self.status = status;
+        }
+    }
+
+    /// How long to wait before this step: not at all, unless it just failed.
+    fn retry_after(&self, step: Busy) -> Duration {
+        match self.failed {
+            Some((failed, times)) if failed == step => {
+                RETRY_MAX.min(Duration::from_millis(100) * 2u32.pow(times.min(10)))
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Counts a failure of a step that is tried again, and says why the task waits.
+    fn failed_again(&mut self, step: Busy, reason: String) {
+        let times = match self.failed {
+            Some((failed, times)) if failed == step => times.saturating_add(1),
+            _ => 1,
+        };
+        self.failed = Some((step, times));
+        let mut status = self.status.clone();
+        status.err = reason;
+        self.report(status);
+    }
+}
+
+/// The state machine of a node's tasks.
+#[derive(Debug, Default)]
+pub(super) struct Core {
+    tasks: BTreeMap<TaskId, Task>,
+    actions: VecDeque<Action>,
+    /// A whole set has come. Before, what has no assignment is left alone: it may be ours, and only
+    /// the file with the assignments was lost.
+    assigned: bool,
+}
+
+impl Core {
+    /// Goes on after a restart from what was kept and what was found.
+    pub(super) fn restore(now_ms: u64, kept: Vec<Kept>, found: Vec<(TaskId, FoundState)>) -> Self {
+        let mut core = Self::default();
+        for Kept { assignment, status } in kept {
+            let mut task = Task::new();
+            let id = assignment.id;
+            task.assignment = Some(assignment);
+            task.named = true;
+            task.status = status;
+            core.tasks.insert(id, task);
+        }
+        let mut found: BTreeMap<TaskId, FoundState> = found.into_iter().collect();
+        for id in found.keys() {
+            core.tasks.entry(*id).or_insert_with(Task::new);
+        }
+        for (id, task) in &mut core.tasks {
+            task.restore(now_ms, found.remove(id));
+        }
+        let ids: Vec<TaskId> = core.tasks.keys().copied().collect();
+        ids.into_iter().for_each(|id| core.advance(now_ms, id));
+        core
+    }
+
+    /// The whole set of this node's tasks.
+    pub(super) fn handle_assign(&mut self, now_ms: u64, set: Vec<TaskAssignment>) {
+        self.assigned = true;
+        let mut set: BTreeMap<TaskId, TaskAssignment> =
+            set.into_iter().map(|assignment| (assignment.id, assignment)).collect();
+        for (id, task) in &mut self.tasks {
+            task.named = set.contains_key(id);
+            if let Some(assignment) = set.remove(id) {
+                task.assignment = Some(assignment);
+            } else if let Some(assignment) = &mut task.assignment {
+                assignment.desired = TaskState::Remove;
+            }
+        }
+        for (id, assignment) in set {
+            let mut task = Task::new();
+            task.assignment = Some(assignment);
+            task.named = true;
+            task.say(now_ms, TaskState::Accepted, "accepted");
+            self.tasks.insert(id, task);
+        }
+        let ids: Vec<TaskId> = self.tasks.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.advance(now_ms, id));
+    }
+
+    /// How a step went.
+    pub(super) fn handle_outcome(&mut self, now_ms: u64, id: TaskId, outcome: Outcome) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        match outcome {
+            Outcome::Ended(exit) => task.ended(now_ms, &exit),
+            Outcome::Lost(reason) => task.lost(now_ms, reason),
+            outcome => task.step_done(now_ms, outcome),
+        }
+        self.advance(now_ms, id);
+    }
+
+    /// The next thing to do.
+    pub(super) fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// What must survive a restart.
+    pub(super) fn kept(&self) -> Vec<Kept> {
+        let keep = |task: &Task| {
+            Some(Kept { assignment: task.assignment.clone()?, status: task.status.clone() })
+        };
+        self.tasks.values().filter_map(keep).collect()
+    }
+
+    /// The tasks that are in the node's set.
+    pub(super) fn assigned_tasks(
+        &self,
+    ) -> impl Iterator<Item = (&TaskAssignment, &TaskStatus, Option<&PathBuf>)> {
+        self.tasks
+            .values()
+            .filter(|task| task.named)
+            .filter_map(|task| Some((task.assignment.as_ref()?, &task.status, task.netns.as_ref())))
+    }
+
+    /// How many tasks there are that are in no set any more, but not gone yet.
+    pub(super) fn leaving(&self) -> usize {
+        self.tasks.values().filter(|task| !task.named).count()
+    }
+
+    /// Decides the next step of one task.
+    fn advance(&mut self, now_ms: u64, id: TaskId) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if task.process == Process::Running && !task.watched {
+            task.watched = true;
+            self.actions.push_back(Action { task: id, step: Step::Watch, after: Duration::ZERO });
+        }
+        if task.busy.is_some() || (task.assignment.is_none() && !self.assigned) {
+            return;
+        }
+        if let Some((busy, step)) = task.next_step(now_ms) {
+            task.busy = Some(busy);
+            let after = task.retry_after(busy);
+            self.actions.push_back(Action { task: id, step, after });
+        } else if !task.named && task.process != Process::Running {
+            self.tasks.remove(&id);
+        }
+    }
+}
+
+impl Task {
+    fn restore(&mut self, now_ms: u64, found: Option<FoundState>) {
+        self.files = found.is_some();
+        // Whoever plugs it knows nothing after a restart either.
+        self.plugged = Plugged::Maybe;
+        let started = self.status.state >= TaskState::Starting;
+        if self.status.state.is_final() && self.assignment.is_some() {
+            self.process = match found {
+                Some(FoundState::Created { .. } | FoundState::Running { .. }) => Process::Created,
+                _ => Process::Ended,
+            };
+            return;
+        }
+        match found {
+            Some(FoundState::Created { netns }) => {
+                self.process = Process::Created;
+                self.netns = Some(netns);
+            }
+            Some(FoundState::Running { netns, pid }) => {
+                self.process = Process::Running;
+                self.netns = Some(netns);
+                self.running(now_ms, pid);
+            }
+            Some(FoundState::Exited(exit)) => {
+                self.stopping = self.wanted().is_none();
+                self.ended(now_ms, &exit);
+            }
+            Some(FoundState::Lost) | None if started => {
+                let reason = "task: lost while meshd was away (the machine restarted, or its shim \
+                              was killed)";
+                self.lost(now_ms, reason.to_owned());
+            }
+            Some(FoundState::Lost) | None => {}
+        }
+    }
+
+    fn running(&mut self, now_ms: u64, pid: u32) {
+        self.status.pid = Some(pid);
+        self.say(now_ms, TaskState::Running, "started");
+    }
+
+    /// The one step that brings it closer to what is wanted; `None` if it is there.
+    fn next_step(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
+        match self.process {
+            Process::Running => self.next_while_running(),
+            Process::Created => self.next_before_start(now_ms),
+            Process::Absent | Process::Ended => self.next_without_process(now_ms),
+        }
+    }
+
+    fn next_while_running(&mut self) -> Option<(Busy, Step)> {
+        if self.wanted().is_none() {
+            self.stopping = true;
+            if self.stop_sent {
+                return None;
+            }
+            self.stop_sent = true;
+            let spec = self.assignment.as_ref().map(|assignment| &assignment.spec);
+            let signal = spec.and_then(|spec| parse_signal(spec.stop_signal.as_ref()?).ok());
+            let grace = spec.and_then(|spec| spec.stop_grace_period).unwrap_or(GRACE);
+            return Some((Busy::Stop, Step::Stop { signal: signal.unwrap_or(SIGTERM), grace }));
+        }
+        if self.plugged == Plugged::Yes {
+            return None;
+        }
+        self.attach()
+    }
+
+    fn next_before_start(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
+        let wanted = self.wanted().filter(|_| self.end.is_none() && !self.status.state.is_final());
+        let Some(desired) = wanted else {
+            // It never ran: nothing to stop, no output to keep.
+            return Some((Busy::Remove, Step::Remove));
+        };
+        if self.plugged != Plugged::Yes {
+            self.say(now_ms, TaskState::Preparing, "preparing network");
+            return self.attach();
+        }
+        if desired < TaskState::Running {
+            return None;
+        }
+        self.say(now_ms, TaskState::Starting, "starting");
+        Some((Busy::Start, Step::Start))
+    }
+
+    fn next_without_process(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
+        let begins = self.process == Process::Absent
+            && self.wanted().is_some()
+            && self.end.is_none()
+            && !self.status.state.is_final();
+        if begins {
+            let assignment = self.assignment.clone()?;
+            self.files = true;
+            self.say(now_ms, TaskState::Preparing, "preparing");
+            return Some((Busy::Prepare, Step::Prepare(Box::new(assignment))));
+        }
+        if self.plugged != Plugged::No {
+            if matches!(self.failed, Some((Busy::Detach, _))) {
+                self.report_end(now_ms);
+            }
+            return Some((Busy::Detach, Step::Detach));
+        }
+        self.report_end(now_ms);
+        // One that never ran has no output to keep.
+        let useless = self.process == Process::Absent || self.forgettable();
+        (useless && self.files).then_some((Busy::Remove, Step::Remove))
+    }
+
+    fn attach(&mut self) -> Option<(Busy, Step)> {
+        let assignment = Box::new(self.assignment.clone()?);
+        let netns = self.netns.clone()?;
+        self.plugged = Plugged::Maybe;
+        Some((Busy::Attach, Step::Attach(assignment, netns)))
+    }
+
+    /// It is over: reports how. One that was told to go before it began was shut down.
+    fn report_end(&mut self, now_ms: u64) {
+        self.netns = None;
+        match self.end.take() {
+            Some(end) => self.report(end),
+            None => self.report(self.finally(now_ms, TaskState::Shutdown, "shutdown", "")),
+        }
+    }
+
+    fn finally(&self, now_ms: u64, state: TaskState, message: &str, err: &str) -> TaskStatus {
+        TaskStatus {
+            state,
+            since_ms: now_ms,
+            message: message.to_owned(),
+            err: err.to_owned(),
+            pid: None,
+            exit_code: None,
+        }
+    }
+
+    fn ended(&mut self, now_ms: u64, exit: &Exit) {
+        self.process = Process::Ended;
+        self.failed = None;
+        let (state, message, err) = match &exit.error {
+            Some(reason) => (TaskState::Failed, "starting", reason.clone()),
+            None if self.stopping => (TaskState::Shutdown, "shutdown", String::new()),
+            None if exit.code == 0 => (TaskState::Complete, "finished", String::new()),
+            None if exit.oom => {
+                let err = format!("task: non-zero exit ({}): out of memory", exit.code);
+                (TaskState::Failed, "started", err)
+            }
+            None => (TaskState::Failed, "started", format!("task: non-zero exit ({})", exit.code)),
+        };
+        let mut end = self.finally(now_ms, state, message, &err);
+        end.exit_code = Some(exit.code);
+        self.end = Some(end);
+    }
+
+    fn lost(&mut self, now_ms: u64, reason: String) {
+        self.process = Process::Ended;
+        self.failed = None;
+        self.end = Some(self.finally(now_ms, TaskState::Failed, "started", &reason));
+    }
+
+    /// Takes in how the step that was under way went.
+    fn step_done(&mut self, now_ms: u64, outcome: Outcome) {
+        let Some(busy) = self.busy.take() else { return };
+        match outcome {
+            Outcome::Failed(reason) => return self.step_failed(now_ms, busy, &reason),
+            Outcome::Prepared(netns) => {
+                self.process = Process::Created;
+                self.netns = Some(netns);
+            }
+            Outcome::Started(pid) => {
+                self.process = Process::Running;
+                self.running(now_ms, pid);
+            }
+            Outcome::Done | Outcome::Ended(_) | Outcome::Lost(_) => match busy {
+                Busy::Attach => {
+                    self.plugged = Plugged::Yes;
+                    match self.process {
+                        Process::Created => self.say(now_ms, TaskState::Ready, "prepared"),
+                        Process::Running => self.say(now_ms, TaskState::Running, "started"),
+                        Process::Absent | Process::Ended => {}
+                    }
+                }
+                Busy::Detach => self.plugged = Plugged::No,
+                Busy::Remove => {
+                    self.files = false;
+                    if self.process == Process::Created {
+                        self.process = Process::Absent;
+                    }
+                }
+                Busy::Stop | Busy::Prepare | Busy::Start => {}
+            },
+        }
+        self.failed = None;
+    }
+
+    fn step_failed(&mut self, now_ms: u64, busy: Busy, reason: &str) {
+        match busy {
+            Busy::Prepare => {
+                self.end = Some(self.finally(now_ms, TaskState::Rejected, "preparing", reason));
+            }
+            Busy::Attach if self.process == Process::Created => {
+                let reason = format!("network: {reason}");
+                self.end = Some(self.finally(now_ms, TaskState::Rejected, "preparing", &reason));
+            }
+            Busy::Start => {
+                self.end = Some(self.finally(now_ms, TaskState::Failed, "starting", reason));
+            }
+            // These are tried again: what exists must be plugged, stopped, unplugged, removed.
+            Busy::Attach => self.failed_again(busy, format!("network: {reason}")),
+            Busy::Stop => {
+                self.stop_sent = false;
+                self.failed_again(busy, format!("stopping: {reason}"));
+            }
+            Busy::Detach => self.failed_again(busy, format!("detaching the network: {reason}")),
+            Busy::Remove => self.failed_again(busy, format!("removing: {reason}")),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;
