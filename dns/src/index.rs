@@ -154,7 +154,7 @@ impl Index {
         // Longest suffix first: names of networks may have dots.
         for (at, _) in name.match_indices('.') {
             let (host, suffix) = (&name[..at], &name[at + 1..]);
-            for zone in zones.clone().filter(|zone| zone.name == suffix) {
+            if let Some(zone) = zones.clone().find(|zone| zone.name == suffix) {
                 return match zone.names.get(host) {
                     Some(addresses) => Lookup::Addresses(addresses),
                     None => Lookup::NoSuchName,

@@ -271,7 +271,7 @@ impl Supervisor {
                 }
                 tokio::select! {
                     Ok(()) = pushed.changed() => {}
-                    Ok(_) = stopping.wait_for(|stop| *stop) => break,
+                    Ok(()) = async { stopping.wait_for(|stop| *stop).await.map(drop) } => break,
                     // The handle is gone, and this task about to be aborted: say nothing more, for
                     // the resolver must outlive this meshd.
                     else => std::future::pending::<()>().await,
@@ -298,5 +298,129 @@ impl Supervisor {
             ended = listen => ended,
         };
         if *self.stopping.borrow() { Ended::Stopped } else { ended }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, os::unix::fs::PermissionsExt as _, process};
+
+    use mesh_dns::snapshot::TaskView;
+    use mesh_types::NetworkId;
+    use nix::{
+        sys::signal::{Signal, kill},
+        unistd::Pid,
+    };
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+    const NETNS: &str = "h5-process";
+
+    /// Not a test by itself: the resolver that the test below starts, in this same binary.
+    #[test]
+    fn child() {
+        let (Ok(control_socket), Ok(state_file)) =
+            (std::env::var("MESH_TEST_SOCKET"), std::env::var("MESH_TEST_STATE"))
+        else {
+            return;
+        };
+        let args = DnsArgs { control_socket: control_socket.into(), state_file: state_file.into() };
+        args.run().unwrap();
+    }
+
+    /// A program that behaves as `meshd dns --control-socket S --state-file F`.
+    fn stand_in(dir: &Path) -> PathBuf {
+        let path = dir.join("meshd");
+        let exe = std::env::current_exe().unwrap();
+        let script = format!(
+            "#!/bin/sh\nMESH_TEST_SOCKET=$3 MESH_TEST_STATE=$5 exec {} --exact \
+             dns_process::tests::child --nocapture\n",
+            exe.display()
+        );
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    struct Cleanup(PathBuf);
+
+    impl Cleanup {
+        fn ip(args: &str) -> process::Output {
+            process::Command::new("ip").args(args.split_whitespace()).output().unwrap()
+        }
+    }
+
+    impl Drop for Cleanup {
+        fn drop(&mut self) {
+            Self::ip(&format!("netns del {NETNS}"));
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn snapshot(task: TaskId) -> Snapshot {
+        Snapshot {
+            tasks: vec![TaskView {
+                task,
+                netns: Path::new("/run/netns").join(NETNS),
+                networks: vec![NetworkId::from_bits(1)],
+                forward: true,
+            }],
+            upstreams: vec![(Ipv4Addr::LOCALHOST, 53).into()],
+            ..Snapshot::default()
+        }
+    }
+
+    async fn pid(resolver: &Resolver, wanted: impl Fn(u32) -> bool) -> u32 {
+        let mut status = resolver.status();
+        let found = status.wait_for(|s| s.as_ref().is_some_and(|s| wanted(s.pid)));
+        timeout(LIMIT, found).await.unwrap().unwrap().as_ref().unwrap().pid
+    }
+
+    #[tokio::test]
+    async fn it_is_started_found_again_replaced_and_ended() {
+        let dir = std::env::temp_dir().join(format!("h5-process-{}", process::id()));
+        let _cleanup = Cleanup(dir.clone());
+        fs::create_dir_all(&dir).unwrap();
+        Cleanup::ip(&format!("netns del {NETNS}"));
+        assert!(Cleanup::ip(&format!("netns add {NETNS}")).status.success(), "needs root");
+        Cleanup::ip(&format!("-n {NETNS} link set lo up"));
+        let (exe, task) = (stand_in(&dir), TaskId::from_bits(1));
+
+        let resolver = Resolver::start(&exe, &dir.join("dns")).unwrap();
+        resolver.push(snapshot(task));
+        resolver.wait_ready(task, LIMIT).await.unwrap();
+        let first = pid(&resolver, |_| true).await;
+        let unknown = resolver.wait_ready(TaskId::from_bits(2), Duration::from_millis(10)).await;
+        assert!(unknown.unwrap_err().to_string().contains("does not know the task"));
+
+        // Dead: another takes its place, and serves the same.
+        kill(Pid::from_raw(first.cast_signed()), Signal::SIGKILL).unwrap();
+        let second = pid(&resolver, |pid| pid != first).await;
+        resolver.wait_ready(task, LIMIT).await.unwrap();
+
+        // meshd restarts: the resolver is found again.
+        drop(resolver);
+        let resolver = Resolver::start(&exe, &dir.join("dns")).unwrap();
+        assert_eq!(pid(&resolver, |_| true).await, second);
+        resolver.wait_ready(task, LIMIT).await.unwrap();
+
+        resolver.shutdown().await;
+        let gone = Instant::now() + LIMIT;
+        while dir.join("dns/control.sock").exists() {
+            assert!(Instant::now() < gone, "it did not end");
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_resolver_that_cannot_start_is_said_to_be_missing() {
+        let dir = std::env::temp_dir().join(format!("h5-missing-{}", process::id()));
+        let resolver = Resolver::start(Path::new("/nonexistent/meshd"), &dir).unwrap();
+        let error =
+            resolver.wait_ready(TaskId::from_bits(1), Duration::from_millis(50)).await.unwrap_err();
+        assert!(matches!(error, NotReady::NoProcess { .. }), "{error}");
+        timeout(LIMIT, resolver.shutdown()).await.unwrap();
+        let _ = fs::remove_dir_all(&dir);
     }
 }

@@ -66,7 +66,10 @@ impl Shell {
     pub fn start(config: ShellConfig) -> io::Result<Self> {
         let named = |error: io::Error| {
             let address = config.address;
-            io::Error::new(error.kind(), format!("cannot open gossip socket udp {address}: {error}"))
+            io::Error::new(
+                error.kind(),
+                format!("cannot open gossip socket udp {address}: {error}"),
+            )
         };
         let socket = std::net::UdpSocket::bind(config.address).map_err(named)?;
         socket.set_nonblocking(true).map_err(named)?;
