@@ -1,1 +1,68 @@
-fn main() {}
+//! `cargo xtask`: the automation of this repository. It depends on no crate of the workspace, since
+//! it installs what the others need to build.
+
+mod demo;
+mod ebpf;
+mod peer;
+mod setup;
+mod shell;
+mod test;
+mod vm;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Set-up, demo, tests and benchmarks of mesh.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Bring up five nodes on this machine and prove what they do, line by line
+    Demo {
+        /// Leave the lab up, and print what to try in it
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Set up and run every test there is
+    Test {
+        /// Run only tests whose name contains it (no lints then)
+        filter: Option<String>,
+        /// Leave out the tests that boot other kernels in virtual machines
+        #[arg(long)]
+        no_vm: bool,
+    },
+    /// Run a benchmark beside its peers; `cargo xtask bench overlay`
+    Bench {
+        /// The benchmark
+        name: String,
+        /// Arguments of the benchmark
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Rebuild the BPF object with the pinned tools
+    Ebpf {
+        /// Fail if the committed object is not what the source gives, and change nothing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Install the system packages that demo, tests and benchmarks use
+    Setup,
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    // `cargo xtask` may be called from anywhere in the tree; everything here is relative to its root.
+    std::env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))?;
+    match cli.command {
+        Command::Demo { keep } => demo::run(keep),
+        Command::Test { filter, no_vm } => test::run(filter.as_deref(), !no_vm),
+        Command::Bench { name, arguments } => test::bench(&name, &arguments),
+        Command::Ebpf { check } => ebpf::run(check),
+        Command::Setup => setup::install(setup::ALL),
+    }
+}

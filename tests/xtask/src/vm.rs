@@ -18,8 +18,21 @@ use anyhow::{Context, Result, bail, ensure};
 const KERNELS: &[(&str, &str)] = &[("6.1", "linux-image-6.1.0-"), ("6.12", "linux-image-6.12.")];
 /// What the data plane and its tests need; names differ little between the two series.
 const MODULES: &[&str] = &[
-    "veth", "vxlan", "bridge", "sch_ingress", "cls_bpf", "act_bpf", "nf_tables", "nft_chain_nat",
-    "nft_masq", "nft_ct", "nft_fib_inet", "nft_nat", "nft_compat", "tun", "af_packet",
+    "veth",
+    "vxlan",
+    "bridge",
+    "sch_ingress",
+    "cls_bpf",
+    "act_bpf",
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_masq",
+    "nft_ct",
+    "nft_fib_inet",
+    "nft_nat",
+    "nft_compat",
+    "tun",
+    "af_packet",
 ];
 /// Tools that the tests call, beside busybox.
 const TOOLS: &[&str] = &["ip", "tc", "nft", "bridge", "ping"];
@@ -110,7 +123,10 @@ impl Kernel {
         let args = ["-d", &root, "-S", &self.release, "--show-depends", module];
         // A module that this kernel has built in, or does not know, is no file.
         let Ok(out) = text("modprobe", &args) else { return Ok(Vec::new()) };
-        Ok(out.lines().filter_map(|line| Some(line.strip_prefix("insmod ")?.trim().into())).collect())
+        Ok(out
+            .lines()
+            .filter_map(|line| Some(line.strip_prefix("insmod ")?.trim().into()))
+            .collect())
     }
 }
 
@@ -228,8 +244,10 @@ fn which(program: &str) -> Result<PathBuf> {
 }
 
 fn init_script(modules: &[String], filter: Option<&str>) -> String {
-    let load: String =
-        modules.iter().map(|m| format!("insmod /modules/{m} || echo \"no module {m}\"\n")).collect();
+    let load: String = modules
+        .iter()
+        .map(|m| format!("insmod /modules/{m} || echo \"no module {m}\"\n"))
+        .collect();
     let filter = filter.unwrap_or_default();
     format!(
         r#"#!/bin/busybox sh

@@ -1,0 +1,108 @@
+//! Every test there is, in the order in which failures are cheapest to hear of.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+
+use crate::{
+    setup,
+    shell::{cargo, require_root, visible},
+    vm,
+};
+
+/// Packages whose integration tests run in other kernels too.
+const VM_PACKAGES: &[&str] = &["mesh-linux"];
+
+/// One part of a test run, and how it went.
+struct Part {
+    name: &'static str,
+    took: Duration,
+    result: Result<()>,
+}
+
+/// Sets up, runs everything (or what `filter` names) and sums up. A part that fails does not keep
+/// the next from running.
+pub(crate) fn run(filter: Option<&str>, with_vms: bool) -> Result<()> {
+    require_root("`cargo xtask test`")?;
+    setup::install(setup::ALL)?;
+    let mut parts = Vec::new();
+    let mut part = |name, work: &dyn Fn() -> Result<()>| {
+        println!("\n== {name}");
+        let begin = Instant::now();
+        let result = work();
+        if let Err(e) = &result {
+            println!("{name}: {e:#}");
+        }
+        parts.push(Part { name, took: begin.elapsed(), result });
+    };
+    if filter.is_none() {
+        part("format", &|| visible(&mut cargo(&["fmt", "--all", "--check"])));
+        part("lints", &|| {
+            visible(&mut cargo(&[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--quiet",
+                "--",
+                "-D",
+                "warnings",
+            ]))
+        });
+    }
+    part("unit, property and namespace tests", &|| {
+        visible(&mut with(&["test", "--workspace", "--exclude", "mesh-tests", "--quiet"], filter))
+    });
+    part("tidy", &|| {
+        visible(&mut with(&["test", "-p", "mesh-tests", "--lib", "--test", "tidy"], filter))
+    });
+    part("labs", &|| visible(&mut with(&["test", "-p", "mesh-tests", "--test", "lab"], filter)));
+    if with_vms {
+        part("other kernels", &|| vm::run(VM_PACKAGES, filter));
+    }
+    sum_up(&parts)
+}
+
+fn with(args: &[&str], filter: Option<&str>) -> Command {
+    let mut command = cargo(args);
+    // Labs and the maps of namespace tests are one machine's: a crate's tests say what may overlap.
+    if let Some(filter) = filter {
+        command.args(["--", filter]);
+    }
+    command
+}
+
+fn sum_up(parts: &[Part]) -> Result<()> {
+    println!("\n== summary");
+    for Part { name, took, result } in parts {
+        let mark = if result.is_ok() { "✓" } else { "✗" };
+        println!("{mark} {name:<40} {:>7.1} s", took.as_secs_f64());
+    }
+    let total: Duration = parts.iter().map(|part| part.took).sum();
+    let failed = parts.iter().filter(|part| part.result.is_err()).count();
+    println!("  {:<40} {:>7.1} s", "all", total.as_secs_f64());
+    if failed > 0 {
+        bail!("{failed} of {} parts failed", parts.len());
+    }
+    Ok(())
+}
+
+/// Builds everything and runs one benchmark.
+pub(crate) fn bench(name: &str, arguments: &[String]) -> Result<()> {
+    require_root("a benchmark")?;
+    setup::install(setup::ALL)?;
+    visible(&mut cargo(&[
+        "build",
+        "--release",
+        "--quiet",
+        "-p",
+        "meshd",
+        "-p",
+        "meshctl",
+        "-p",
+        "mesh-bench",
+    ]))?;
+    visible(cargo(&["run", "--release", "--quiet", "-p", "mesh-bench", "--", name]).args(arguments))
+}
