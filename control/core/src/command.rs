@@ -1,6 +1,9 @@
 //! The one way to change the store.
 
-use std::{collections::BTreeSet, net::{IpAddr, SocketAddr}};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use mesh_types::{
     ClusterId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId,

@@ -1,8 +1,25 @@
 //! The leader's loops as one pure function over a store view.
+//!
+//! One round looks at the whole store and asks for what should change, as one transaction:
+//! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks there
+//! should be, then waiting tasks are let go, leases are tried again, the [`scheduler`] places what
+//! is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds (a task
+//! made in one is placed in the next), so call it again after its commands were applied; it returns
+//! nothing once all is as it should be. The cost of a round is that of walking all tasks once.
 
-use mesh_types::{ServiceId, NetworkId, TaskId};
+mod global;
+mod reaper;
+mod replicated;
+mod restart;
+mod scheduler;
+mod view;
 
-use crate::{command::Command, store::Store};
+use mesh_types::{NetworkId, ServiceId, TaskId, spec::ServiceMode, task::TaskState};
+
+use crate::{
+    command::{Command, TaskChange},
+    store::Store,
+};
 
 /// What the loops ask for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -30,6 +47,41 @@ pub fn decide(
     now_ms: u64,
     fresh: &mut dyn FnMut() -> u128,
 ) -> Decision {
-    let _ = (store, memory, now_ms, fresh);
-    Decision::default()
+    // All that the loops need is in the store so far, so that a new leader decides the same.
+    let _ = memory;
+    let places = view::places(store);
+    let mut round = view::Round::new(store, now_ms, fresh);
+    for (id, service) in &store.services {
+        let of_service = places.get(id).unwrap_or(view::NO_PLACES);
+        match service.spec.mode {
+            ServiceMode::Replicated { replicas } => {
+                replicated::plan(&mut round, service, of_service, replicas);
+            }
+            ServiceMode::Global => global::plan(&mut round, service, of_service),
+        }
+        for tasks in of_service.values() {
+            restart::release(&mut round, tasks);
+        }
+    }
+    allocate(&mut round);
+    scheduler::plan(&mut round);
+    reaper::plan(&mut round, &places);
+    round.decision()
 }
+
+/// Tries again for tasks without leases, where that would change anything.
+fn allocate(round: &mut view::Round<'_>) {
+    let store = round.store;
+    for task in store.tasks.values() {
+        let waits = task.status.state == TaskState::New && task.desired <= TaskState::Running;
+        if waits
+            && !round.ends(task.id)
+            && store.choose_leases(task).err().is_none_or(|reason| reason != task.status.err)
+        {
+            round.push(TaskChange::Allocate { id: task.id });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -273,6 +273,12 @@ pub struct Task {
     pub start_at_ms: Option<u64>,
     /// States that it went through and when (ms), newest last; for `service ps` and `doctor`.
     pub history: Vec<(TaskState, u64)>,
+    /// The log index that made it: orders the tasks of a place, whatever the proposers' clocks.
+    pub made: Revision,
+    /// How many restarts of its place by the restart policy led to it, within the policy's window.
+    pub attempts: u64,
+    /// When that count began, ms since the epoch.
+    pub attempts_since_ms: u64,
 }
 
 impl Task {

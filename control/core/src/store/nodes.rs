@@ -1,0 +1,126 @@
+//! Nodes: admitted with a number of their own, watched, removed.
+
+use mesh_types::{NodeId, NodeNumber, Revision, TaskId, task::TaskState};
+
+use super::{At, Store};
+use crate::{
+    command::{NewNode, NodeReport, Outcome, Rejection},
+    model::{Node, NodeSpec, NodeState, NodeStatus, Role},
+};
+
+/// A node as it is when it is admitted.
+pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
+    Node {
+        id: new.id,
+        number,
+        meta: at.made(),
+        spec: new.spec.clone(),
+        description: new.description.clone(),
+        address: new.address,
+        vtep: new.vtep,
+        status: NodeStatus { state: NodeState::Unknown, message: "not heard of yet".into() },
+    }
+}
+
+impl Store {
+    pub(super) fn add_node(&mut self, at: At, new: &NewNode) -> Result<Outcome, Rejection> {
+        if self.nodes.contains_key(&new.id) {
+            return Err(Rejection::Exists(format!("node {} already exists", new.id)));
+        }
+        let Some(cluster) = &mut self.cluster else { return Err(no_number()) };
+        let number = cluster.next_node;
+        cluster.next_node = number.next().ok_or_else(no_number)?;
+        self.nodes.insert(new.id, node_of(at, new, number));
+        Ok(Outcome::Node(number))
+    }
+
+    pub(super) fn update_node(
+        &mut self,
+        at: At,
+        id: NodeId,
+        version: Revision,
+        spec: &NodeSpec,
+    ) -> Result<Outcome, Rejection> {
+        let managers = self.managers();
+        let node = self.nodes.get_mut(&id).ok_or_else(|| not_found(id))?;
+        if node.meta.version != version {
+            return Err(Rejection::OutOfSequence);
+        }
+        if node.spec.role == Role::Manager && spec.role == Role::Worker && managers == 1 {
+            return Err(Rejection::Precondition(
+                "attempting to demote the last manager of the swarm".into(),
+            ));
+        }
+        node.spec = spec.clone();
+        at.touch(&mut node.meta);
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn report_nodes(&mut self, at: At, reports: &[NodeReport]) -> Outcome {
+        for report in reports {
+            let Some(node) = self.nodes.get_mut(&report.id) else { continue };
+            let before = (node.status.clone(), node.description.clone());
+            if let Some((state, message)) = &report.state {
+                node.status = NodeStatus { state: *state, message: message.clone() };
+            }
+            if let Some(description) = &report.description {
+                node.description = description.clone();
+            }
+            if before != (node.status.clone(), node.description.clone()) {
+                at.touch(&mut node.meta);
+            }
+        }
+        Outcome::Done
+    }
+
+    pub(super) fn remove_node(
+        &mut self,
+        at: At,
+        id: NodeId,
+        force: bool,
+    ) -> Result<Outcome, Rejection> {
+        let node = self.nodes.get(&id).ok_or_else(|| not_found(id))?;
+        if node.spec.role == Role::Manager && self.managers() == 1 {
+            return Err(Rejection::Precondition(format!(
+                "node {id} is the last manager of the swarm and can't be removed"
+            )));
+        }
+        if node.spec.role == Role::Manager && !force {
+            return Err(Rejection::Precondition(format!(
+                "node {id} is a cluster manager and is a member of the raft cluster. It must be \
+                 demoted to worker before removal"
+            )));
+        }
+        let gone = matches!(node.status.state, NodeState::Down | NodeState::Disconnected);
+        if !gone && !force {
+            return Err(Rejection::Precondition(format!(
+                "node {id} is not down and can't be removed"
+            )));
+        }
+        let why = format!("node {} was removed from the cluster", node.name());
+        let orphans: Vec<TaskId> = self
+            .tasks
+            .values()
+            .filter(|task| task.node == Some(id) && !task.status.state.is_final())
+            .map(|task| task.id)
+            .collect();
+        for task in orphans {
+            self.conclude(at, task, TaskState::Orphaned, &why);
+        }
+        self.local_gateways.remove(&id);
+        self.nodes.remove(&id);
+        Ok(Outcome::Done)
+    }
+
+    fn managers(&self) -> usize {
+        self.nodes.values().filter(|node| node.spec.role == Role::Manager).count()
+    }
+}
+
+fn not_found(id: NodeId) -> Rejection {
+    Rejection::NotFound(format!("node {id} not found"))
+}
+
+fn no_number() -> Rejection {
+    Rejection::Exhausted("no node number is left".into())
+}

@@ -1,0 +1,286 @@
+//! Services: virtual addresses and published ports are leased with the object.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use mesh_types::{
+    NetworkId, Protocol, Revision, ServiceId, TaskId,
+    spec::{EndpointMode, PortSpec, ServiceMode, ServiceSpec},
+    task::TaskState,
+};
+
+use super::{At, LEASED_PORTS, Store, names};
+use crate::{
+    command::{Outcome, Rejection},
+    model::{Holder, Service},
+};
+
+impl Store {
+    pub(super) fn create_service(
+        &mut self,
+        at: At,
+        id: ServiceId,
+        spec: &ServiceSpec,
+    ) -> Result<Outcome, Rejection> {
+        names::check(&spec.name)?;
+        if self.services.contains_key(&id) {
+            return Err(Rejection::Exists(format!("service with id {id} already exists")));
+        }
+        if self.services.values().any(|other| names::same(&other.spec.name, &spec.name)) {
+            return Err(Rejection::Exists(format!(
+                "name conflicts with an existing object: service {} already exists",
+                spec.name
+            )));
+        }
+        self.check_spec(spec)?;
+        let ports = self.choose_ports(id, spec, &[])?;
+        let vips = self.choose_vips(spec, &[])?;
+        self.move_vips(id, &[], &vips);
+        let service = Service {
+            id,
+            meta: at.made(),
+            spec: spec.clone(),
+            spec_version: at.revision,
+            previous_spec: None,
+            vips,
+            ports,
+            removing: false,
+        };
+        self.services.insert(id, service);
+        Ok(Outcome::Warnings(Vec::new()))
+    }
+
+    pub(super) fn update_service(
+        &mut self,
+        at: At,
+        id: ServiceId,
+        version: Revision,
+        spec: &ServiceSpec,
+    ) -> Result<Outcome, Rejection> {
+        let old = self.services.get(&id).ok_or_else(|| not_found(id))?;
+        if old.meta.version != version {
+            return Err(Rejection::OutOfSequence);
+        }
+        if old.spec.name != spec.name {
+            return Err(Rejection::Precondition("renaming services is not supported".into()));
+        }
+        if std::mem::discriminant(&old.spec.mode) != std::mem::discriminant(&spec.mode) {
+            return Err(Rejection::Precondition("service mode change is not allowed".into()));
+        }
+        self.check_spec(spec)?;
+        let ports = self.choose_ports(id, spec, &old.ports)?;
+        let vips = self.choose_vips(spec, &old.vips)?;
+        // What a task is made from: besides its spec, which interfaces it has.
+        let outdated = old.spec.task != spec.task
+            || old.spec.networks != spec.networks
+            || old.ports.is_empty() != ports.is_empty();
+        let held = old.vips.clone();
+        self.move_vips(id, &held, &vips);
+        if let Some(service) = self.services.get_mut(&id) {
+            let previous = std::mem::replace(&mut service.spec, spec.clone());
+            service.previous_spec = Some(Box::new(previous));
+            service.vips = vips;
+            service.ports = ports;
+            if outdated {
+                service.spec_version = at.revision;
+            }
+            at.touch(&mut service.meta);
+        }
+        Ok(Outcome::Warnings(Vec::new()))
+    }
+
+    /// As in Swarm the service is gone at once, and so are its VIPs and ports; its tasks stay, to be
+    /// removed, until their nodes say that they ended.
+    pub(super) fn remove_service(&mut self, at: At, id: ServiceId) -> Result<Outcome, Rejection> {
+        let service = self.services.remove(&id).ok_or_else(|| not_found(id))?;
+        self.move_vips(id, &service.vips, &[]);
+        let tasks: Vec<TaskId> =
+            self.tasks.values().filter(|task| task.service == id).map(|task| task.id).collect();
+        for task in tasks {
+            self.desire(at, task, TaskState::Remove);
+            self.forget(task);
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn check_spec(&self, spec: &ServiceSpec) -> Result<(), Rejection> {
+        let mut seen = BTreeSet::new();
+        for attachment in &spec.networks {
+            let id = attachment.network;
+            let network = self
+                .networks
+                .get(&id)
+                .ok_or_else(|| Rejection::NotFound(format!("network {id} not found")))?;
+            if network.spec.ingress {
+                return Err(Rejection::Invalid(format!(
+                    "Service cannot be explicitly attached to the ingress network \"{}\"",
+                    network.spec.name
+                )));
+            }
+            if !seen.insert(id) {
+                return Err(Rejection::Invalid(format!(
+                    "network {} is given twice",
+                    network.spec.name
+                )));
+            }
+        }
+        // Interfaces are `eth0`…; the index is one byte.
+        if spec.networks.len() > 128 {
+            return Err(Rejection::Invalid("a service joins at most 128 networks".into()));
+        }
+        if let ServiceMode::Replicated { replicas } = spec.mode
+            && replicas > MAX_REPLICAS
+        {
+            return Err(Rejection::Invalid(format!(
+                "{replicas} replicas are too many: at most {MAX_REPLICAS}"
+            )));
+        }
+        if spec.endpoint_mode == EndpointMode::Dnsrr && !spec.ports.is_empty() {
+            return Err(Rejection::Invalid(
+                "EndpointSpec: port published with ingress mode can't be used with dnsrr mode"
+                    .into(),
+            ));
+        }
+        if spec.ports.iter().any(|port| port.target == 0) {
+            return Err(Rejection::Invalid("EndpointSpec: target port must not be 0".into()));
+        }
+        if !spec.ports.is_empty() && self.ingress().is_none() {
+            return Err(Rejection::Precondition(
+                "service needs ingress network, but no ingress network is present".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The published ports with the open ones filled in: those that were leased before stay.
+    fn choose_ports(
+        &self,
+        id: ServiceId,
+        spec: &ServiceSpec,
+        old: &[PortSpec],
+    ) -> Result<Vec<PortSpec>, Rejection> {
+        let others = self.services.values().filter(|service| service.id != id);
+        let mut taken: BTreeSet<(Protocol, u16)> = others
+            .flat_map(|service| &service.ports)
+            .map(|port| (port.protocol, port.published))
+            .collect();
+        let mut ports = spec.ports.clone();
+        let mut own = BTreeSet::new();
+        for port in ports.iter().filter(|port| port.published != 0) {
+            let key = (port.protocol, port.published);
+            if let Some(what) = reserved(self, key) {
+                return Err(Rejection::Invalid(format!(
+                    "port '{}/{}' is used by mesh itself for {what} and cannot be published",
+                    port.published, port.protocol
+                )));
+            }
+            if taken.contains(&key) {
+                return Err(self.port_conflict(id, key));
+            }
+            if !own.insert(key) {
+                return Err(Rejection::Invalid(format!(
+                    "EndpointSpec: duplicate published ports provided: {}/{}",
+                    port.published, port.protocol
+                )));
+            }
+        }
+        taken.extend(own);
+        for port in ports.iter_mut().filter(|port| port.published == 0) {
+            let kept = old.iter().find(|before| {
+                (before.protocol, before.target) == (port.protocol, port.target)
+                    && LEASED_PORTS.contains(&before.published)
+                    && !taken.contains(&(before.protocol, before.published))
+            });
+            let free = || LEASED_PORTS.into_iter().find(|p| !taken.contains(&(port.protocol, *p)));
+            port.published =
+                kept.map(|before| before.published).or_else(free).ok_or_else(|| {
+                    Rejection::Exhausted(format!(
+                        "no free {} port is left in {}-{}: publish one outside of it",
+                        port.protocol,
+                        LEASED_PORTS.start(),
+                        LEASED_PORTS.end()
+                    ))
+                })?;
+            taken.insert((port.protocol, port.published));
+        }
+        Ok(ports)
+    }
+
+    fn port_conflict(&self, id: ServiceId, (protocol, published): (Protocol, u16)) -> Rejection {
+        let owner = self.services.values().filter(|service| service.id != id).find(|service| {
+            service.ports.iter().any(|p| (p.protocol, p.published) == (protocol, published))
+        });
+        let owner = owner.map_or_else(String::new, |service| {
+            format!("'{}' ({})", service.spec.name, service.id)
+        });
+        Rejection::Invalid(format!(
+            "port '{published}' is already in use by service {owner} as an ingress port"
+        ))
+    }
+
+    /// The virtual addresses: one per network, those held before stay.
+    fn choose_vips(
+        &self,
+        spec: &ServiceSpec,
+        old: &[(NetworkId, IpAddr)],
+    ) -> Result<Vec<(NetworkId, IpAddr)>, Rejection> {
+        if spec.endpoint_mode == EndpointMode::Dnsrr {
+            return Ok(Vec::new());
+        }
+        spec.networks
+            .iter()
+            .map(|attachment| {
+                if let Some(held) = old.iter().find(|(id, _)| *id == attachment.network) {
+                    return Ok(*held);
+                }
+                let network = self.networks.get(&attachment.network).ok_or_else(|| {
+                    Rejection::NotFound(format!("network {} not found", attachment.network))
+                })?;
+                let vip = network.free_address().ok_or_else(|| {
+                    Rejection::Exhausted(format!(
+                        "could not find an available IP while allocating VIP: {}",
+                        network.full()
+                    ))
+                })?;
+                Ok((network.id, vip))
+            })
+            .collect()
+    }
+
+    /// Gives back the VIPs that are no longer held and takes the new ones.
+    fn move_vips(
+        &mut self,
+        id: ServiceId,
+        old: &[(NetworkId, IpAddr)],
+        new: &[(NetworkId, IpAddr)],
+    ) {
+        for (network, vip) in old.iter().filter(|held| !new.contains(held)) {
+            if let Some(network) = self.networks.get_mut(network) {
+                network.leases.remove(vip);
+            }
+        }
+        for (network, vip) in new.iter().filter(|held| !old.contains(held)) {
+            if let Some(network) = self.networks.get_mut(network) {
+                network.lease(*vip, Holder::Vip(id));
+            }
+        }
+    }
+}
+
+/// Slots are made one task each; more would swamp the store before any network had room.
+const MAX_REPLICAS: u64 = 100_000;
+
+/// Ports that the mesh would take from the nodes' own daemons: it answers before the host does.
+fn reserved(store: &Store, key: (Protocol, u16)) -> Option<&'static str> {
+    let data = store.cluster.as_ref().map_or(4789, |cluster| cluster.spec.data_path_port);
+    match key {
+        (Protocol::Tcp, 2377) => Some("its managers"),
+        (Protocol::Tcp | Protocol::Udp, 7946) => Some("membership"),
+        (Protocol::Udp, 4500) => Some("encrypted networks"),
+        (Protocol::Udp, port) if port == data => Some("its tunnels"),
+        _ => None,
+    }
+}
+
+fn not_found(id: ServiceId) -> Rejection {
+    Rejection::NotFound(format!("service {id} not found"))
+}
