@@ -87,10 +87,11 @@ pub trait Executor: Send + Sync {
     /// [`ExecutorError::Io`].
     async fn list(&self) -> Result<Vec<(TaskId, FoundState)>, ExecutorError>;
 
-    /// Runs one more process in a running task.
+    /// Runs one more process in a running task. Whether it could be run at all is told by
+    /// [`ExecControl::wait`], as [`ExecutorError::Exec`].
     ///
     /// # Errors
-    /// [`ExecutorError::Exec`] with the reason for the user.
+    /// [`ExecutorError::Exec`] with the reason for the user when the task is not here.
     async fn exec(&self, task: TaskId, spec: ExecSpec) -> Result<ExecSession, ExecutorError>;
 
     /// The task's output: json-file lines, oldest file first. The files may not exist.

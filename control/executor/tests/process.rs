@@ -59,6 +59,7 @@ const TESTS: &[Test] = &tests![
     garbage_on_the_socket_does_no_harm,
     prepare_replaces_what_is_left,
     remove_ends_a_running_task,
+    many_at_once,
     unsupported_is_said_first,
 ];
 
@@ -675,6 +676,22 @@ async fn remove_ends_a_running_task() {
     until("the task's end", || !alive(pid)).await;
     fixture.executor.remove(fixture.id()).await.unwrap();
     fixture.end().await;
+}
+
+async fn many_at_once() {
+    let fixtures: Vec<Fixture> = (0..40).map(|_| Fixture::new(&["sleep", "1000"])).collect();
+    let lives = fixtures.into_iter().map(|fixture| {
+        tokio::spawn(async move {
+            fixture.start().await;
+            assert_eq!(fixture.exec(&["true"], b"").await.0, 0);
+            fixture.executor.stop(fixture.id(), 15, DEADLINE).await.unwrap();
+            assert_eq!(fixture.code().await, 143);
+            fixture.end().await;
+        })
+    });
+    for life in lives.collect::<Vec<_>>() {
+        life.await.unwrap();
+    }
 }
 
 async fn unsupported_is_said_first() {
