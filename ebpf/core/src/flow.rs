@@ -1,0 +1,229 @@
+//! Connection tracking: keys, partners, states, ages.
+//!
+//! A flow has an entry per direction. Both hold the decision that was taken for it; each names the
+//! other ([`partner`]). New flows begin in the LRU table; a flow moves to the table of established
+//! ones when its client sends on after a reply was seen, and back to the LRU when both sides have
+//! closed it. So the LRU may evict what it likes: established flows are not in it, and an evicted
+//! half of a new flow is put back by the next packet ([`Step::CheckPartner`]).
+
+use mesh_ebpf_abi::{
+    FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF, FLOW_SELF_REPLY, FLOW_STATE_ALONE, FLOW_STATE_FIN,
+    FLOW_STATE_FIN_REPLY, FLOW_STATE_HAIRPIN, FLOW_STATE_REPLIED, FLOW_VIP, FLOW_VIP_REPLY,
+    FlowKey, FlowValue,
+};
+
+use crate::{
+    addr::wide,
+    hash::Tuple,
+    wire::{PROTOCOL_TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
+};
+
+const SECOND: u64 = 1_000_000_000;
+/// How long an established TCP flow may be silent: 2 h 11 min, above the default keepalive (2 h and
+/// 9 probes of 75 s, tcp(7)).
+pub const TCP_ESTABLISHED_NS: u64 = 7860 * SECOND;
+/// How long an established UDP flow may be silent: above the 2 minutes that RFC 4787 REQ-5 asks.
+pub const UDP_ESTABLISHED_NS: u64 = 180 * SECOND;
+/// How long a new or closing flow's decision holds without a packet.
+pub const NEW_NS: u64 = 60 * SECOND;
+/// After this an entry without its partner is collected.
+pub const ORPHAN_NS: u64 = 10 * SECOND;
+/// Timestamps are refreshed no more often than this.
+const REFRESH_NS: u64 = SECOND;
+
+const CLOSED: u16 = FLOW_STATE_FIN | FLOW_STATE_FIN_REPLY;
+
+/// The key of a packet's flow.
+#[inline(always)]
+#[must_use]
+pub const fn key(kind: u8, vni: u32, tuple: &Tuple) -> FlowKey {
+    FlowKey {
+        src: wide(tuple.src),
+        dst: wide(tuple.dst),
+        vni,
+        sport_be: tuple.sport_be,
+        dport_be: tuple.dport_be,
+        protocol: tuple.protocol,
+        kind,
+        pad: 0,
+    }
+}
+
+/// The key of the other direction's entry; `None` if the flow has one entry only.
+///
+/// For entries that these programs write, `partner` of the partner is the entry again.
+#[inline(always)]
+#[must_use]
+pub const fn partner(key: &FlowKey, value: &FlowValue) -> Option<FlowKey> {
+    if value.state & FLOW_STATE_ALONE != 0 {
+        return None;
+    }
+    let (kind, src, dst, sport_be, dport_be) = match key.kind {
+        FLOW_VIP if value.state & FLOW_STATE_HAIRPIN != 0 => {
+            (FLOW_VIP, key.src, key.dst, key.dport_be, key.sport_be)
+        }
+        FLOW_VIP => (FLOW_VIP_REPLY, value.addr, key.src, value.port_be, value.client_port_be),
+        FLOW_MESH => (FLOW_MESH_REPLY, value.addr, key.src, value.port_be, value.client_port_be),
+        FLOW_VIP_REPLY => (FLOW_VIP, key.dst, value.addr, value.client_port_be, value.port_be),
+        FLOW_MESH_REPLY => (FLOW_MESH, key.dst, value.addr, value.client_port_be, value.port_be),
+        // A task's call to its own node: the node's address stands for the task's.
+        FLOW_SELF => (FLOW_SELF_REPLY, key.dst, key.dst, key.dport_be, value.client_port_be),
+        FLOW_SELF_REPLY => {
+            (FLOW_SELF, value.addr, key.src, value.client_port_be, key.sport_be)
+        }
+        _ => return None,
+    };
+    Some(FlowKey {
+        src,
+        dst,
+        vni: key.vni,
+        sport_be,
+        dport_be,
+        protocol: key.protocol,
+        kind,
+        pad: 0,
+    })
+}
+
+/// Whether entries of this kind are of replies.
+#[inline(always)]
+#[must_use]
+pub const fn is_reply(kind: u8) -> bool {
+    matches!(kind, FLOW_VIP_REPLY | FLOW_MESH_REPLY | FLOW_SELF_REPLY)
+}
+
+/// What a packet does to its flow, beside passing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing.
+    Keep,
+    /// The decision is void: decide anew, as for an unknown flow.
+    Restart,
+    /// See that the partner exists; put it back if not. If it is new, has seen a reply, and the
+    /// packet is no SYN, both become established.
+    CheckPartner,
+    /// Set this state on this entry.
+    Mark(u16),
+    /// Set this state on both entries.
+    MarkBoth(u16),
+    /// The flow has one entry: it becomes established.
+    Promote,
+    /// Set this state and move both to the LRU: the flow ends.
+    Close(u16),
+    /// Remove both.
+    Remove,
+}
+
+/// What a packet of an *established* flow does to it. `flags` are TCP's; 0 for other protocols.
+#[inline(always)]
+#[must_use]
+pub const fn established(state: u16, reply: bool, flags: u8) -> Step {
+    if flags & (TCP_SYN | TCP_FIN | TCP_RST) == 0 {
+        return Step::Keep;
+    }
+    if flags & TCP_RST != 0 {
+        return Step::Remove;
+    }
+    if flags & TCP_SYN != 0 {
+        return if reply || flags & TCP_ACK != 0 {
+            Step::Keep
+        } else if state & CLOSED != 0 {
+            Step::Restart
+        } else {
+            // The client lost its state, or the packet is late. The backend answers with what it
+            // knows (RFC 9293 section 3.10.7.4), so the answer must find its way.
+            Step::CheckPartner
+        };
+    }
+    let closing = state | if reply { FLOW_STATE_FIN_REPLY } else { FLOW_STATE_FIN };
+    if closing == state {
+        Step::Keep
+    } else if closing & CLOSED == CLOSED {
+        Step::Close(closing)
+    } else {
+        Step::MarkBoth(closing)
+    }
+}
+
+/// What a packet of a flow in the *LRU* does to it.
+#[inline(always)]
+#[must_use]
+pub const fn unestablished(state: u16, reply: bool, flags: u8) -> Step {
+    if flags & TCP_RST != 0 {
+        return Step::Remove;
+    }
+    let closed = state & CLOSED == CLOSED;
+    if reply {
+        let mut next = state | FLOW_STATE_REPLIED;
+        if flags & TCP_FIN != 0 {
+            next |= FLOW_STATE_FIN_REPLY;
+        }
+        return if next == state {
+            Step::Keep
+        } else if next & CLOSED == state & CLOSED {
+            Step::Mark(next)
+        } else {
+            Step::MarkBoth(next)
+        };
+    }
+    if flags & TCP_SYN != 0 {
+        return if state & CLOSED != 0 { Step::Restart } else { Step::CheckPartner };
+    }
+    if flags & TCP_FIN != 0 && state & FLOW_STATE_FIN == 0 {
+        return Step::MarkBoth(state | FLOW_STATE_FIN);
+    }
+    if closed {
+        return Step::Keep;
+    }
+    if state & FLOW_STATE_ALONE != 0 {
+        return if state & FLOW_STATE_REPLIED != 0 { Step::Promote } else { Step::Keep };
+    }
+    Step::CheckPartner
+}
+
+/// Whether the entry's timestamp should be set to `now`.
+#[inline(always)]
+#[must_use]
+pub const fn is_stale(now_ns: u64, value: &FlowValue) -> bool {
+    now_ns.saturating_sub(value.last_ns) >= REFRESH_NS
+}
+
+/// Whether an entry of the LRU is too old for its decision to hold.
+#[inline(always)]
+#[must_use]
+pub const fn is_forgotten(now_ns: u64, value: &FlowValue) -> bool {
+    now_ns.saturating_sub(value.last_ns) >= NEW_NS
+}
+
+/// Whether user space should collect an entry of the table of established flows, and with it its
+/// partner (whose key is [`partner`]'s). `other` is the partner's entry, if there is one.
+///
+/// The clock is CLOCK_MONOTONIC. A flow lives as long as either direction does.
+#[must_use]
+pub fn expired(
+    now_ns: u64,
+    key: &FlowKey,
+    value: &FlowValue,
+    other: Option<&FlowValue>,
+) -> bool {
+    let limit = if key.protocol == PROTOCOL_TCP { TCP_ESTABLISHED_NS } else { UDP_ESTABLISHED_NS };
+    let last = match (other, partner(key, value)) {
+        (Some(other), _) => value.last_ns.max(other.last_ns),
+        (None, None) => value.last_ns,
+        (None, Some(_)) => return now_ns.saturating_sub(value.last_ns) >= ORPHAN_NS,
+    };
+    now_ns.saturating_sub(last) >= limit
+}
+
+/// The client's port that stands for it on the backend's side: its own at first, others when that
+/// one is taken by another of its flows. In the dynamic range.
+#[inline(always)]
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "14 bits")]
+pub const fn client_port(own_be: u16, hash: u32, attempt: u32) -> u16 {
+    if attempt == 0 {
+        return own_be;
+    }
+    let mixed = hash.rotate_left(7).wrapping_add(attempt.wrapping_mul(0x9e37_79b9)) >> 16;
+    (49152 | (mixed & 0x3fff) as u16).to_be()
+}
