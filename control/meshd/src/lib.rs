@@ -11,5 +11,5 @@ pub mod gossip;
 pub mod options;
 pub mod identity;
 pub mod pki;
-
+pub mod rpc;
 pub mod tls;

@@ -1,0 +1,492 @@
+//! Aim: nobody gets further than the table of calls allows, and what is allowed works. Method: real
+//! listeners and clients on the loopback, with identities of two clusters.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, stream::BoxStream};
+use mesh_control::model::{Availability, NodeDescription, Role};
+use mesh_raft::{Raft, RaftConfig, RpcKind};
+use mesh_types::{ClusterId, NodeId, NodeNumber, Revision, TaskId, record::Delta};
+use rustls_pki_types::pem::PemObject;
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+
+use super::{
+    CallError, Joiner, RaftTransport, Route, RpcClient, RpcError, RpcErrorKind, RpcHandler,
+    RpcServer, client,
+    frames::{FrameReader, FrameWriter},
+    messages::{
+        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, ReportRequest,
+        ReportResponse, SessionRequest,
+    },
+};
+use crate::{
+    identity::Identity,
+    pki::{self, Root, Subject},
+    tls::{ClientTls, Expect, Peer, ServerTls},
+};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Cluster {
+    id: ClusterId,
+    root: Root,
+}
+
+impl Cluster {
+    fn new(id: u128) -> Self {
+        let id = ClusterId::from_bits(id);
+        Self { id, root: Root::generate(id, SystemTime::now()).unwrap() }
+    }
+
+    fn node(&self, n: u64, role: Role) -> Identity {
+        self.node_since(n, role, SystemTime::now())
+    }
+
+    fn node_since(&self, n: u64, role: Role, since: SystemTime) -> Identity {
+        let subject = Subject { node: NodeId::from_bits(u128::from(n)), role, cluster: self.id };
+        let key_pem = pki::generate_key().unwrap();
+        let public = pki::public_key(&key_pem).unwrap();
+        let life = Duration::from_secs(7200);
+        Identity {
+            node: subject.node,
+            number: NodeNumber::new(n).unwrap(),
+            cluster: self.id,
+            role,
+            ca_pem: self.root.cert_pem.clone(),
+            cert_pem: self.root.sign(subject, &public, life, since).unwrap(),
+            key_pem,
+            data_key: [n as u8; 32],
+        }
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        self.root.digest().unwrap()
+    }
+}
+
+/// Answers everything, and counts.
+#[derive(Default)]
+struct Echo {
+    calls: AtomicUsize,
+    raft: tokio::sync::OnceCell<Raft>,
+}
+
+impl Echo {
+    fn count(&self) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[async_trait]
+impl RpcHandler for Echo {
+    async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
+        self.count();
+        let _ = (from, request);
+        Err(RpcError::new(RpcErrorKind::Denied, "invalid join token"))
+    }
+
+    async fn raft(&self, _: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
+        self.count();
+        let Some(raft) = self.raft.get() else { return Ok(body) };
+        raft.serve(kind, body).await.map_err(|e| RpcError::new(RpcErrorKind::Unavailable, e))
+    }
+
+    async fn session(
+        &self,
+        from: Subject,
+        request: SessionRequest,
+    ) -> Result<BoxStream<'static, NodeUpdate>, RpcError> {
+        self.count();
+        let _ = from;
+        let first = request.revision.get();
+        Ok(futures::stream::iter(first..first + 100)
+            .map(|n| NodeUpdate {
+                delta: Delta { to: Revision::new(n).unwrap(), ..Delta::default() },
+                ..NodeUpdate::default()
+            })
+            .boxed())
+    }
+
+    async fn report(&self, _: Subject, request: ReportRequest) -> Result<ReportResponse, RpcError> {
+        self.count();
+        Ok(ReportResponse { revision: request.acked })
+    }
+
+    async fn exec(
+        &self,
+        _: Subject,
+        request: ExecRequest,
+        mut input: FrameReader<ExecInput>,
+        output: FrameWriter<ExecOutput>,
+    ) {
+        self.count();
+        output.send(&ExecOutput::Started).await.unwrap();
+        while let Ok(Some(message)) = input.next().await {
+            match message {
+                ExecInput::Stdin(data) => output.send(&ExecOutput::Stdout(data)).await.unwrap(),
+                ExecInput::StdinEnd => break,
+                _ => {}
+            }
+        }
+        let code = i32::try_from(request.argv.len()).unwrap();
+        output.send(&ExecOutput::Exit(code)).await.unwrap();
+    }
+
+    async fn anti_entropy(&self, _: Subject, body: Bytes) -> Result<Bytes, RpcError> {
+        self.count();
+        Ok(body)
+    }
+}
+
+async fn listen(identity: &Identity) -> (RpcServer, Arc<Echo>) {
+    let echo = Arc::new(Echo::default());
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let tls = ServerTls::new(identity).unwrap();
+    (RpcServer::bind(any, tls, Arc::clone(&echo) as _).await.unwrap(), echo)
+}
+
+fn client(identity: &Identity) -> RpcClient {
+    RpcClient::new(ClientTls::member(identity).unwrap())
+}
+
+async fn raw(
+    client: &RpcClient,
+    to: SocketAddr,
+    expect: Expect,
+    route: Route,
+) -> Result<Bytes, CallError> {
+    client.call_bytes(to, expect, route, Bytes::from_static(b"\x80"), PATIENCE).await
+}
+
+fn all_routes() -> Vec<Route> {
+    let mut all = vec![Route::Join, Route::Session, Route::Report, Route::Exec, Route::AntiEntropy];
+    all.extend(RpcKind::ALL.map(Route::Raft));
+    all
+}
+
+fn join_request() -> JoinRequest {
+    JoinRequest {
+        token: "SWMTKN-1-x-y".into(),
+        description: NodeDescription::default(),
+        address: SocketAddr::from(([0, 0, 0, 0], 2377)),
+        vtep: None,
+        availability: Availability::Active,
+    }
+}
+
+fn denied(answer: &Result<Bytes, CallError>) -> bool {
+    matches!(answer, Err(CallError::Refused(e)) if e.kind == RpcErrorKind::Denied)
+}
+
+fn cut(answer: &Result<Bytes, CallError>) -> bool {
+    // With TLS 1.3 a client may finish its side of the handshake before it is refused.
+    matches!(answer, Err(CallError::Unreachable { .. } | CallError::Broken { .. }))
+}
+
+#[test]
+fn every_route_has_a_path_and_finds_back() {
+    for route in all_routes() {
+        assert_eq!(Route::parse(&route.path()), Some(route));
+    }
+    for path in ["/", "/raft/", "/raft/erase", "/joins", "/JOIN", "/session/", ""] {
+        assert_eq!(Route::parse(path), None, "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gets_to_no_managers_call() {
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    let worker = client(&cluster.node(2, Role::Worker));
+    for route in all_routes() {
+        let answer = raw(&worker, server.address(), Expect::Manager, route).await;
+        let open = matches!(route, Route::Session | Route::Report | Route::AntiEntropy);
+        assert_eq!(denied(&answer), !open, "{route}: {answer:?}");
+    }
+    let served = echo.calls.load(Ordering::SeqCst);
+    let manager = client(&cluster.node(3, Role::Manager));
+    for route in RpcKind::ALL.map(Route::Raft) {
+        raw(&manager, server.address(), Expect::Manager, route).await.unwrap();
+    }
+    assert_eq!(echo.calls.load(Ordering::SeqCst), served + RpcKind::ALL.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_joiner_gets_to_join_alone_and_only_where_its_token_is_from() {
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    let key = pki::generate_key().unwrap();
+    let joiner = RpcClient::new(ClientTls::joiner(&key, cluster.digest()).unwrap());
+    for route in all_routes() {
+        if route != Route::Join {
+            let answer = raw(&joiner, server.address(), Expect::Manager, route).await;
+            assert!(denied(&answer), "{route}: {answer:?}");
+        }
+    }
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+    let at = server.address();
+    let answer = client::join(at, &key, cluster.digest(), &join_request(), PATIENCE).await;
+    assert!(matches!(answer, Err(CallError::Refused(e)) if e.message == "invalid join token"));
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 1);
+    // Another cluster's token: the connection is refused before the token is told.
+    let other = Cluster::new(2).digest();
+    let answer = client::join(at, &key, other, &join_request(), PATIENCE).await;
+    assert!(matches!(answer, Err(CallError::Unreachable { .. })), "{answer:?}");
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_joiner_does_not_tell_its_token_to_a_worker() {
+    let cluster = Cluster::new(1);
+    let (server, _) = listen(&cluster.node(1, Role::Worker)).await;
+    let key = pki::generate_key().unwrap();
+    let answer =
+        client::join(server.address(), &key, cluster.digest(), &join_request(), PATIENCE).await;
+    assert!(matches!(answer, Err(CallError::Unreachable { .. })), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_clusters_nodes_are_strangers_both_ways() {
+    let (ours, theirs) = (Cluster::new(1), Cluster::new(2));
+    let (server, echo) = listen(&ours.node(1, Role::Manager)).await;
+    // They do not trust us.
+    let them = theirs.node(2, Role::Manager);
+    assert!(cut(&raw(&client(&them), server.address(), Expect::Member, Route::Report).await));
+    // Nor we them, even if they trust our root.
+    let mut liar = theirs.node(2, Role::Manager);
+    liar.ca_pem.clone_from(&ours.root.cert_pem);
+    liar.cluster = ours.id;
+    let answer = raw(&client(&liar), server.address(), Expect::Member, Route::Report).await;
+    assert!(cut(&answer), "{answer:?}");
+    // Our root, but it says another cluster.
+    let mixed = Cluster { id: theirs.id, root: ours.root.clone() };
+    let mut mixed = mixed.node(3, Role::Manager);
+    mixed.cluster = ours.id;
+    let answer = raw(&client(&mixed), server.address(), Expect::Member, Route::Report).await;
+    assert!(cut(&answer), "{answer:?}");
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_certificate_is_refused_both_ways() {
+    let cluster = Cluster::new(1);
+    let long_ago = SystemTime::now() - Duration::from_secs(30 * 24 * 3600);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    let old = client(&cluster.node_since(2, Role::Manager, long_ago));
+    let answer = raw(&old, server.address(), Expect::Member, Route::Report).await;
+    assert!(cut(&answer), "{answer:?}");
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+    let (server, echo) = listen(&cluster.node_since(3, Role::Manager, long_ago)).await;
+    let fresh = client(&cluster.node(4, Role::Manager));
+    assert!(cut(&raw(&fresh, server.address(), Expect::Member, Route::Report).await));
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_reaches_whom_it_expects_or_nobody() {
+    let cluster = Cluster::new(1);
+    let (server, _) = listen(&cluster.node(1, Role::Worker)).await;
+    let me = client(&cluster.node(2, Role::Manager));
+    for (expect, fits) in [
+        (Expect::Member, true),
+        (Expect::Node(NodeId::from_bits(1)), true),
+        (Expect::Node(NodeId::from_bits(3)), false),
+        (Expect::Manager, false),
+    ] {
+        let answer = raw(&me, server.address(), expect, Route::AntiEntropy).await;
+        assert_eq!(answer.is_ok(), fits, "{expect}: {answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_1_2_and_no_certificate_are_refused() {
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(35, Role::Manager)).await;
+    let me = cluster.node(2, Role::Manager);
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(pki::parse_pem(&me.ca_pem).unwrap()).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::from_pem_slice(me.key_pem.as_bytes()).unwrap();
+    let builder = |version| {
+        rustls::ClientConfig::builder_with_provider(Arc::new(
+            rustls::crypto::ring::default_provider(),
+        ))
+        .with_protocol_versions(&[version])
+        .unwrap()
+        .with_root_certificates(roots.clone())
+    };
+    let certs = vec![pki::parse_pem(&me.cert_pem).unwrap()];
+    let old = builder(&rustls::version::TLS12).with_client_auth_cert(certs, key).unwrap();
+    let bare = builder(&rustls::version::TLS13).with_no_client_auth();
+    for (config, alert) in [(old, "ProtocolVersion"), (bare, "CertificateRequired")] {
+        let stream = TcpStream::connect(server.address()).await.unwrap();
+        // 35 is `z`: with a letter in it, an id is a DNS name.
+        let name = NodeId::from_bits(35).to_string().try_into().unwrap();
+        let connected =
+            tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await;
+        let error = match connected {
+            Err(error) => error,
+            // TLS 1.3: the refusal comes with the first read.
+            Ok(mut stream) => stream.read_u8().await.unwrap_err(),
+        };
+        assert!(error.to_string().contains(alert), "{alert}: {error}");
+    }
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_stream_and_commands_talk_both_ways() {
+    let cluster = Cluster::new(1);
+    let (server, _) = listen(&cluster.node(1, Role::Manager)).await;
+    let me = client(&cluster.node(2, Role::Manager));
+    let request = SessionRequest { revision: Revision::new(7).unwrap(), ..Default::default() };
+    let mut updates = me.session(server.address(), &request, PATIENCE).await.unwrap();
+    for n in 7..107 {
+        assert_eq!(updates.next().await.unwrap().unwrap().delta.to.get(), n);
+    }
+    assert!(updates.next().await.unwrap().is_none());
+
+    let command = ExecRequest {
+        task: TaskId::from_bits(1),
+        argv: vec!["cat".into()],
+        env: vec![],
+        dir: None,
+        user: None,
+        tty: None,
+        stdin: true,
+    };
+    let to = Expect::Node(NodeId::from_bits(1));
+    let (input, mut output) = me.exec(server.address(), to, &command, PATIENCE).await.unwrap();
+    assert_eq!(output.next().await.unwrap(), Some(ExecOutput::Started));
+    for n in 0..50u8 {
+        let data = Bytes::from(vec![n; 10_000]);
+        input.send(&ExecInput::Stdin(data.clone())).await.unwrap();
+        assert_eq!(output.next().await.unwrap(), Some(ExecOutput::Stdout(data)));
+    }
+    input.send(&ExecInput::StdinEnd).await.unwrap();
+    assert_eq!(output.next().await.unwrap(), Some(ExecOutput::Exit(1)));
+    assert_eq!(output.next().await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_oversized_or_malformed_body_is_refused() {
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    let me = client(&cluster.node(2, Role::Manager));
+    for body in [vec![0; Route::Session.body_limit() + 1], b"{}".to_vec(), Vec::new()] {
+        let length = body.len();
+        let answer = me
+            .call_bytes(server.address(), Expect::Manager, Route::Session, body.into(), PATIENCE)
+            .await;
+        let invalid =
+            matches!(&answer, Err(CallError::Refused(e)) if e.kind == RpcErrorKind::Invalid);
+        // An oversized body may meet a closed stream before the answer is read.
+        let broken = length > 10 && matches!(&answer, Err(CallError::Broken { .. }));
+        assert!(invalid || broken, "{length} bytes: {answer:?}");
+    }
+    assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_connection_is_cut_and_many_leave_room_for_members() {
+    let cluster = Cluster::new(1);
+    let (server, _) = listen(&cluster.node(1, Role::Manager)).await;
+    let start = Instant::now();
+    let mut silent = TcpStream::connect(server.address()).await.unwrap();
+    let end = timeout(Duration::from_secs(8), silent.read(&mut [0; 16])).await;
+    assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
+    assert!(start.elapsed() > Duration::from_secs(4));
+    // Members that are in already are not touched by a flood of strangers from one address.
+    let me = client(&cluster.node(2, Role::Manager));
+    raw(&me, server.address(), Expect::Manager, Route::AntiEntropy).await.unwrap();
+    let mut flood = Vec::new();
+    for _ in 0..200 {
+        flood.push(TcpStream::connect(server.address()).await.unwrap());
+    }
+    raw(&me, server.address(), Expect::Manager, Route::AntiEntropy).await.unwrap();
+    drop(flood);
+    // And new ones get in once it is over.
+    let other = client(&cluster.node(3, Role::Manager));
+    let deadline = Instant::now() + PATIENCE;
+    while raw(&other, server.address(), Expect::Manager, Route::AntiEntropy).await.is_err() {
+        assert!(Instant::now() < deadline, "the flood's places are not given back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_finds_a_peer_that_came_back() {
+    let cluster = Cluster::new(1);
+    let identity = cluster.node(1, Role::Manager);
+    let (server, _) = listen(&identity).await;
+    let at = server.address();
+    let me = client(&cluster.node(2, Role::Worker));
+    raw(&me, at, Expect::Manager, Route::AntiEntropy).await.unwrap();
+    drop(server);
+    let deadline = Instant::now() + PATIENCE;
+    while raw(&me, at, Expect::Manager, Route::AntiEntropy).await.is_ok() {
+        assert!(Instant::now() < deadline, "the listener is still there");
+    }
+    let tls = ServerTls::new(&identity).unwrap();
+    let _server = RpcServer::bind(at, tls, Arc::new(Echo::default())).await.unwrap();
+    while let Err(error) = raw(&me, at, Expect::Manager, Route::AntiEntropy).await {
+        assert!(Instant::now() < deadline, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn raft_runs_over_it() {
+    let cluster = Cluster::new(1);
+    let dir = std::env::temp_dir().join(format!("meshd-rpc-raft-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    let (mut servers, mut rafts) = (Vec::new(), Vec::new());
+    for n in 1..=3 {
+        let identity = cluster.node(n, Role::Manager);
+        let (server, echo) = listen(&identity).await;
+        let path = dir.join(n.to_string());
+        let config = RaftConfig::new(path, identity.number, server.address(), identity.data_key);
+        let transport = Arc::new(RaftTransport::new(client(&identity)));
+        let raft = Raft::start(config, transport).await.unwrap();
+        echo.raft.set(raft.clone()).unwrap();
+        servers.push(server);
+        rafts.push((identity.number, raft));
+    }
+    rafts[0].1.bootstrap().await.unwrap();
+    for n in 1..3 {
+        rafts[0].1.add_voter(rafts[n].0, servers[n].address()).await.unwrap();
+    }
+    let mut last = Revision::MIN;
+    for (_, raft) in &rafts {
+        let revision = raft.read_barrier().await.unwrap();
+        assert!(revision >= last && raft.read(|store| store.revision) >= revision);
+        last = revision;
+    }
+    assert_eq!(rafts[2].1.leadership().borrow().voters.len(), 3);
+    for (_, raft) in rafts {
+        raft.shutdown().await;
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn peers_say_who_they_are() {
+    let cluster = Cluster::new(1);
+    let identity = cluster.node(1, Role::Worker);
+    let tls = ServerTls::new(&identity).unwrap();
+    let cert = pki::parse_pem(&identity.cert_pem).unwrap();
+    assert_eq!(tls.peer(Some(&[cert])), Ok(Peer::Node(identity.subject())));
+    assert!(tls.peer(None).is_err());
+}
