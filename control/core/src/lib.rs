@@ -19,3 +19,8 @@ pub mod model;
 pub mod store;
 pub mod stream;
 pub mod token;
+
+#[cfg(test)]
+mod fixtures;
+#[cfg(test)]
+mod sim;

@@ -17,12 +17,13 @@ use crate::{
     store::Store,
 };
 
-/// Tombstones kept; a node that is further behind than the oldest gets its scopes anew.
+/// Tombstones (and gaps) kept; a node that is further behind than the oldest gets its scopes anew.
 const TOMBSTONES: usize = 65_536;
 
 /// The records that a store implies, each with the revision of its last change, and tombstones.
-/// Every manager keeps one and feeds it after each applied entry (or after several: then their
-/// changes count as of the last).
+/// Every manager keeps one and feeds it after each applied entry, or after several: then their
+/// changes count as of the last. What came and went in between was never seen, so a node that another
+/// manager had brought to a revision in between gets its scopes anew.
 ///
 /// A log that begins with a store at revision R (a manager that started, or installed a snapshot)
 /// knows nothing about removals before R: nodes from before R get their scopes anew.
@@ -38,6 +39,8 @@ pub struct RecordLog {
     changed: BTreeSet<(Revision, RecordKey)>,
     tombstones: BTreeMap<RecordKey, Revision>,
     buried: BTreeSet<(Revision, RecordKey)>,
+    /// Revisions that were skipped: strictly between key and value.
+    gaps: BTreeMap<Revision, Revision>,
     /// The records of each object; which of them to derive again is told by the objects' versions.
     sources: BTreeMap<Source, Vec<RecordKey>>,
     limit: usize,
@@ -62,6 +65,7 @@ impl Default for RecordLog {
             changed: BTreeSet::new(),
             tombstones: BTreeMap::new(),
             buried: BTreeSet::new(),
+            gaps: BTreeMap::new(),
             sources: BTreeMap::new(),
             limit: TOMBSTONES,
         }
@@ -79,6 +83,8 @@ impl RecordLog {
         if !self.begun {
             self.begun = true;
             self.floor = store.revision;
+        } else if self.revision.next() != Some(store.revision) {
+            self.gaps.insert(self.revision, store.revision);
         }
         self.revision = store.revision;
         let fresh = |version: Revision| since.is_none_or(|since| version > since);
@@ -120,7 +126,8 @@ impl RecordLog {
             let scopes = held.intersection(wanted).copied().collect();
             return Delta { to: from, scopes, ..Delta::default() };
         }
-        let reset: BTreeSet<Scope> = if from < self.floor {
+        let skipped = self.gaps.range(..from).next_back().is_some_and(|(_, end)| from < *end);
+        let reset: BTreeSet<Scope> = if from < self.floor || skipped {
             wanted.clone()
         } else {
             wanted.difference(held).copied().collect()
@@ -231,6 +238,10 @@ impl RecordLog {
             let Some((revision, key)) = self.buried.pop_first() else { break };
             self.tombstones.remove(&key);
             self.floor = self.floor.max(revision);
+        }
+        while self.gaps.len() > self.limit {
+            let Some((_, end)) = self.gaps.pop_first() else { break };
+            self.floor = self.floor.max(end);
         }
     }
 }
