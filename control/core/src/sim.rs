@@ -186,7 +186,8 @@ impl Sim {
                 self.try_apply(Command::AddNode(Box::new(node)));
                 self.bench.node_state(number, NodeState::Ready);
             }
-            1 => self.try_apply(Command::RemoveNode { id, force: self.bench.now_ms % 3 == 0 }),
+            1 => self
+                .try_apply(Command::RemoveNode { id, force: self.bench.now_ms.is_multiple_of(3) }),
             2 | 3 => {
                 let states =
                     [NodeState::Down, NodeState::Ready, NodeState::Ready, NodeState::Unknown];
