@@ -179,7 +179,10 @@ impl Builder<'_> {
                 collects_metadata: true,
             }),
         );
-        self.put(Key::Nft, Value::Nft(nft::table(&ranges)));
+        let table = nft::table(&ranges);
+        if !table.is_empty() {
+            self.put(Key::Nft, Value::Nft(table));
+        }
         self.put(
             Key::Config,
             Value::Config(Box::new(Config {
@@ -193,7 +196,8 @@ impl Builder<'_> {
                 uplink_mac: underlay.mac,
                 via_device: options.via_device,
                 change_type: options.change_type,
-                gateway_ranges: [Some(options.gateway_range), ingress],
+                gateway_ranges: [Some(options.gateway_range), ingress]
+                    .map(|range| range.map(canonical)),
             })),
         );
         for address in &underlay.addresses {
@@ -412,6 +416,11 @@ impl Builder<'_> {
             None => maglev::table(backends, seed).into(),
         }
     }
+}
+
+/// Without host bits, as the maps hold it.
+fn canonical(range: IpNetwork) -> IpNetwork {
+    IpNetwork::new(range.network(), range.prefix()).unwrap_or(range)
 }
 
 /// The index of `lo` in every namespace.

@@ -1,0 +1,302 @@
+//! The bpf(2) calls that go beyond what `aya` offers: maps as bytes, links by number, pins.
+//!
+//! Layouts: `union bpf_attr` and `struct bpf_link_info` in `include/uapi/linux/bpf.h`.
+
+#![allow(unsafe_code, reason = "bpf(2) and mmap(2)")]
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+const BPF_MAP_LOOKUP_ELEM: i32 = 1;
+const BPF_MAP_UPDATE_ELEM: i32 = 2;
+const BPF_MAP_DELETE_ELEM: i32 = 3;
+const BPF_MAP_GET_NEXT_KEY: i32 = 4;
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_OBJ_PIN: i32 = 6;
+const BPF_OBJ_GET: i32 = 7;
+const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
+const BPF_LINK_CREATE: i32 = 28;
+const BPF_LINK_UPDATE: i32 = 29;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_LINK_TYPE_TCX: u32 = 11;
+/// `bpf_attach_type`.
+pub(crate) const TCX_INGRESS: u32 = 46;
+pub(crate) const TCX_EGRESS: u32 = 47;
+
+/// `union bpf_attr`: zeroed, filled at the offsets of the command's struct.
+#[repr(C, align(8))]
+struct Attr([u8; 128]);
+
+impl Attr {
+    fn new() -> Self {
+        Self([0; 128])
+    }
+    fn u32(mut self, at: usize, value: u32) -> Self {
+        self.0[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        self
+    }
+    fn u64(mut self, at: usize, value: u64) -> Self {
+        self.0[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+        self
+    }
+    fn fd(self, at: usize, fd: BorrowedFd) -> Self {
+        self.u32(at, fd.as_raw_fd() as u32)
+    }
+
+    /// # Safety
+    /// Pointers in the attribute must be good for what the command does with them.
+    unsafe fn call(mut self, command: i32) -> io::Result<i32> {
+        // SAFETY: the attribute is as long as said; the rest is the caller's promise.
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_mut_ptr(), self.0.len()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+    }
+
+    /// # Safety
+    /// As [`Attr::call`]; the command must return a descriptor.
+    unsafe fn call_fd(self, command: i32) -> io::Result<OwnedFd> {
+        // SAFETY: the caller's promise.
+        let fd = unsafe { self.call(command)? };
+        // SAFETY: the kernel just opened it for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a zero byte in a path"))
+}
+
+/// Pins an object under a path of a bpffs.
+pub(crate) fn pin(fd: BorrowedFd, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: `path` is a C string that lives through the call.
+    unsafe { Attr::new().u64(0, path.as_ptr() as u64).fd(8, fd).call(BPF_OBJ_PIN) }.map(|_| ())
+}
+
+/// Opens a pinned object.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    // SAFETY: `path` is a C string that lives through the call.
+    unsafe { Attr::new().u64(0, path.as_ptr() as u64).call_fd(BPF_OBJ_GET) }
+}
+
+/// Attaches a program to a link of the calling thread's namespace (6.6 and later).
+pub(crate) fn attach_tcx(program: BorrowedFd, ifindex: u32, attach: u32) -> io::Result<OwnedFd> {
+    let attr = Attr::new().fd(0, program).u32(4, ifindex).u32(8, attach);
+    // SAFETY: no pointers in it.
+    unsafe { attr.call_fd(BPF_LINK_CREATE) }
+}
+
+/// Replaces the program of a link, with no packet in between seeing neither.
+pub(crate) fn update_link(link: BorrowedFd, program: BorrowedFd) -> io::Result<()> {
+    // SAFETY: no pointers in it.
+    unsafe { Attr::new().fd(0, link).fd(4, program).call(BPF_LINK_UPDATE) }.map(|_| ())
+}
+
+/// What a tcx link is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TcxInfo {
+    pub(crate) program: u32,
+    /// 0: its device is gone.
+    pub(crate) ifindex: u32,
+}
+
+/// What a link is; `None` if it is no tcx link.
+pub(crate) fn link_info(link: BorrowedFd) -> io::Result<Option<TcxInfo>> {
+    let mut info = [0u64; 16];
+    let attr =
+        Attr::new().fd(0, link).u32(4, size_of_val(&info) as u32).u64(8, info.as_mut_ptr() as u64);
+    // SAFETY: `info` is as long as said and lives through the call.
+    unsafe { attr.call(BPF_OBJ_GET_INFO_BY_FD)? };
+    // type, id | prog_id, (padding) | tcx.ifindex, tcx.attach_type
+    let low = |word: u64| (word & 0xffff_ffff) as u32;
+    if low(info[0].to_le()) != BPF_LINK_TYPE_TCX {
+        return Ok(None);
+    }
+    Ok(Some(TcxInfo { program: low(info[1].to_le()), ifindex: low(info[2].to_le()) }))
+}
+
+/// What a map is: key size, value size, entries.
+pub(crate) fn map_info(map: BorrowedFd) -> io::Result<(usize, usize, u32)> {
+    // type, id, key_size, value_size, max_entries, …
+    let mut info = [0u32; 32];
+    let attr =
+        Attr::new().fd(0, map).u32(4, size_of_val(&info) as u32).u64(8, info.as_mut_ptr() as u64);
+    // SAFETY: `info` is as long as said and lives through the call.
+    unsafe { attr.call(BPF_OBJ_GET_INFO_BY_FD)? };
+    Ok((info[2] as usize, info[3] as usize, info[4]))
+}
+
+/// Loads a program that does nothing: whether the kernel lets us, and something to attach.
+pub(crate) fn load_trivial() -> io::Result<OwnedFd> {
+    // r0 = 0; exit
+    let code: [u64; 2] = [0xb7, 0x95];
+    let attr = Attr::new()
+        .u32(0, BPF_PROG_TYPE_SCHED_CLS)
+        .u32(4, code.len() as u32)
+        .u64(8, code.as_ptr() as u64)
+        .u64(16, c"GPL".as_ptr() as u64);
+    // SAFETY: instructions and licence live through the call.
+    unsafe { attr.call_fd(BPF_PROG_LOAD) }
+}
+
+/// A hash or array map as bytes.
+#[derive(Debug)]
+pub(crate) struct RawMap {
+    fd: OwnedFd,
+    key: usize,
+    value: usize,
+}
+
+impl RawMap {
+    /// `key` and `value` must be the map's sizes; the caller has checked them.
+    pub(crate) fn new(fd: OwnedFd, key: usize, value: usize) -> Self {
+        Self { fd, key, value }
+    }
+
+    fn attr(&self, key: &[u8]) -> Attr {
+        assert_eq!(key.len(), self.key, "the key has the map's size");
+        use std::os::fd::AsFd;
+        Attr::new().fd(0, self.fd.as_fd()).u64(8, key.as_ptr() as u64)
+    }
+
+    pub(crate) fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let mut value = vec![0; self.value];
+        let attr = self.attr(key).u64(16, value.as_mut_ptr() as u64);
+        // SAFETY: key and value buffers have the map's sizes.
+        match unsafe { attr.call(BPF_MAP_LOOKUP_ELEM) } {
+            Ok(_) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn put(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        assert_eq!(value.len(), self.value, "the value has the map's size");
+        let attr = self.attr(key).u64(16, value.as_ptr() as u64);
+        // SAFETY: key and value buffers have the map's sizes.
+        unsafe { attr.call(BPF_MAP_UPDATE_ELEM) }.map(|_| ())
+    }
+
+    /// Removes an entry; one that is gone already will do.
+    pub(crate) fn delete(&self, key: &[u8]) -> io::Result<()> {
+        // SAFETY: the key buffer has the map's size.
+        match unsafe { self.attr(key).call(BPF_MAP_DELETE_ELEM) } {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The key after `key`; the first one for `None`. After a key that is gone the kernel begins
+    /// anew, so walks bound their steps.
+    pub(crate) fn next(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
+        use std::os::fd::AsFd;
+        let mut next = vec![0; self.key];
+        let attr = match key {
+            Some(key) => self.attr(key),
+            None => Attr::new().fd(0, self.fd.as_fd()),
+        };
+        // SAFETY: both key buffers have the map's size; a null first key is allowed.
+        match unsafe { attr.u64(16, next.as_mut_ptr() as u64).call(BPF_MAP_GET_NEXT_KEY) } {
+            Ok(_) => Ok(Some(next)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All entries, at most `limit` steps.
+    pub(crate) fn dump(&self, limit: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let mut entries = Vec::new();
+        let mut key = None;
+        for _ in 0..limit {
+            key = self.next(key.as_deref())?;
+            let Some(key) = &key else { break };
+            if let Some(value) = self.get(key)? {
+                entries.push((key.clone(), value));
+            }
+        }
+        Ok(entries)
+    }
+}
+
+/// An array of `u64` shared with the programs.
+#[derive(Debug)]
+pub(crate) struct SharedArray {
+    base: NonNull<AtomicU64>,
+    len: usize,
+}
+
+// SAFETY: all access is by atomics.
+unsafe impl Send for SharedArray {}
+// SAFETY: all access is by atomics.
+unsafe impl Sync for SharedArray {}
+
+impl SharedArray {
+    /// Maps a `BPF_F_MMAPABLE` array of `len` values of 8 bytes.
+    pub(crate) fn map(fd: BorrowedFd, len: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping; the kernel checks the length against the map's.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len * 8,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?;
+        Ok(Self { base, len })
+    }
+
+    fn slots(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page aligned, `len` values long, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn read(&self, upto: usize) -> Vec<u64> {
+        self.slots().iter().take(upto).map(|slot| slot.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Writes a slice; `false` if it does not fit.
+    pub(crate) fn write(&self, offset: usize, values: impl ExactSizeIterator<Item = u64>) -> bool {
+        let end = offset.saturating_add(values.len());
+        let Some(slots) = self.slots().get(offset..end) else { return false };
+        for (slot, value) in slots.iter().zip(values) {
+            slot.store(value, Ordering::Release);
+        }
+        true
+    }
+}
+
+impl Drop for SharedArray {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `map` made; no reference outlives `self`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len * 8) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn little_endian_is_assumed_by_link_info() {
+        assert!(cfg!(target_endian = "little"));
+    }
+}

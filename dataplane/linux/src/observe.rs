@@ -1,0 +1,334 @@
+//! What the kernel holds of ours, as the core's objects.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use ipnetwork::IpNetwork;
+use mesh_dataplane::{
+    Desired, Hook, Key, LinkRef, MapId, NetnsId, Ns, Observed, Program, Value, Veth,
+    object::{LINK_ALIAS, VXLAN_NAME, Vxlan, endpoint_of},
+};
+use mesh_types::{ids::EndpointId, mac::Mac, net::Mtu};
+
+use crate::{
+    bpf::Bpf,
+    codec::{self, LinkTable},
+    error::OpError,
+    netlink::Socket,
+    netns::Netns,
+    nft::Nft,
+    rtnl::{self, IFF_UP, Link},
+};
+
+/// Most entries of a map that one round looks at. Larger maps are not healed beyond it.
+const DUMP_LIMIT: usize = 1 << 20;
+
+/// A task's namespace in this round.
+#[derive(Debug)]
+pub(crate) struct TaskNs {
+    pub(crate) netns: Netns,
+    /// Opened inside it.
+    pub(crate) socket: Socket,
+    /// Its veths: index there.
+    pub(crate) index_of: BTreeMap<EndpointId, u32>,
+}
+
+/// The kernel as one round sees it: what is there, and the handles to change it.
+#[derive(Debug, Default)]
+pub(crate) struct Round {
+    pub(crate) links: LinkTable,
+    pub(crate) tasks: BTreeMap<NetnsId, TaskNs>,
+    pub(crate) observed: Observed,
+}
+
+/// Reads everything. `paths` are the namespaces of live attachments.
+pub(crate) fn observe(
+    socket: &mut Socket,
+    bpf: &Bpf,
+    nft: &mut Nft,
+    paths: &BTreeMap<NetnsId, PathBuf>,
+    desired: &Desired,
+) -> Result<Round, OpError> {
+    let mut round = Round::default();
+    let veths = round.node_links(socket)?;
+    for (id, path) in paths {
+        // One that ended since it was looked at has nothing to observe.
+        if let Ok(task) = round.task(*id, path, &veths, desired) {
+            round.tasks.insert(*id, task);
+        }
+    }
+    for (endpoint, link) in &veths {
+        round.put(Key::Veth(*endpoint), Value::Veth(unplugged(link)));
+    }
+    let tasks: Vec<NetnsId> = round.tasks.keys().copied().collect();
+    for id in tasks {
+        round.task_objects(id, &veths, desired)?;
+    }
+    round.node_objects(socket, nft, desired)?;
+    round.hooks(socket, bpf)?;
+    round.maps(bpf)?;
+    Ok(round)
+}
+
+/// A pair whose task side is in no attached namespace.
+fn unplugged(link: &Link) -> Veth {
+    Veth {
+        netns: None,
+        ifname: String::new(),
+        mac: Mac([0; 6]),
+        host_mac: link.mac.unwrap_or(Mac([0; 6])),
+        mtu: 0,
+        host_mtu: link.mtu,
+        up: false,
+        host_up: link.flags & IFF_UP != 0,
+        alias: link.alias == LINK_ALIAS,
+    }
+}
+
+/// Ours are veths of our naming that carry our alias, or (made a moment before a crash) the
+/// gateway's MAC.
+fn our_veth(link: &Link) -> Option<EndpointId> {
+    let ours = link.alias == LINK_ALIAS || link.mac == Some(Mac::GATEWAY);
+    endpoint_of(&link.name).filter(|_| ours && link.kind == "veth")
+}
+
+/// Whether a link is one of ours.
+pub(crate) fn is_ours(link: &Link) -> bool {
+    our_veth(link).is_some() || (link.name == VXLAN_NAME && link.kind == "vxlan")
+}
+
+impl Round {
+    fn put(&mut self, key: Key, value: Value) {
+        self.observed.objects.insert(key, value);
+    }
+
+    fn node_links(&mut self, socket: &mut Socket) -> Result<BTreeMap<EndpointId, Link>, OpError> {
+        let mut veths = BTreeMap::new();
+        for link in rtnl::links(socket)? {
+            if link.name == VXLAN_NAME && link.kind == "vxlan" {
+                self.links.insert(LinkRef::Vxlan, link.index);
+                let value = Value::Vxlan(Vxlan {
+                    port: link.vxlan_port.unwrap_or(0),
+                    mtu: Mtu::new(link.mtu).unwrap_or(Mtu::MAX),
+                    up: link.flags & IFF_UP != 0,
+                    collects_metadata: link.vxlan_metadata && !link.vxlan_learning,
+                });
+                self.put(Key::Vxlan, value);
+            } else if let Some(endpoint) = our_veth(&link) {
+                self.links.insert(LinkRef::Veth(endpoint), link.index);
+                veths.insert(endpoint, link);
+            }
+        }
+        Ok(veths)
+    }
+
+    fn task(
+        &self,
+        id: NetnsId,
+        path: &Path,
+        veths: &BTreeMap<EndpointId, Link>,
+        desired: &Desired,
+    ) -> Result<TaskNs, OpError> {
+        let netns = Netns::open(path)?;
+        if netns.id() != id {
+            return Err(OpError::NoNetns);
+        }
+        let socket = netns.run(Socket::route)?;
+        let _ = (veths, desired);
+        Ok(TaskNs { netns, socket, index_of: BTreeMap::new() })
+    }
+
+    fn task_objects(
+        &mut self,
+        id: NetnsId,
+        veths: &BTreeMap<EndpointId, Link>,
+        desired: &Desired,
+    ) -> Result<(), OpError> {
+        let Some(mut task) = self.tasks.remove(&id) else { return Ok(()) };
+        let links = rtnl::links(&mut task.socket)?;
+        for link in &links {
+            if link.flags & rtnl::IFF_LOOPBACK != 0 {
+                if link.flags & IFF_UP != 0 {
+                    self.put(Key::Loopback(id), Value::Present);
+                }
+                continue;
+            }
+            // The pair's two ends name each other.
+            let ours = veths.iter().find(|(_, host)| {
+                link.kind == "veth"
+                    && host.peer == Some(link.index)
+                    && link.peer == Some(host.index)
+            });
+            let Some((endpoint, host)) = ours else { continue };
+            task.index_of.insert(*endpoint, link.index);
+            let veth = Veth {
+                netns: Some(id),
+                ifname: link.name.clone(),
+                mac: link.mac.unwrap_or(Mac([0; 6])),
+                mtu: link.mtu,
+                up: link.flags & IFF_UP != 0,
+                ..unplugged(host)
+            };
+            self.put(Key::Veth(*endpoint), Value::Veth(veth));
+        }
+        let endpoint_at: BTreeMap<u32, EndpointId> =
+            task.index_of.iter().map(|(endpoint, index)| (*index, *endpoint)).collect();
+        for (index, address) in rtnl::addresses(&mut task.socket)? {
+            // Addresses that the task gave itself are its own affair (the source guard drops them).
+            let key = endpoint_at.get(&index).map(|endpoint| Key::Address(*endpoint, address));
+            if let Some(key) = key.filter(|key| desired.objects.contains_key(key)) {
+                self.put(key, Value::Present);
+            }
+        }
+        for route in rtnl::routes(&mut task.socket)? {
+            let ours = route.to.is_none() && route.protocol == rtnl::ROUTE_PROTOCOL && route.v4;
+            let endpoint = route.oif.and_then(|oif| endpoint_at.get(&oif));
+            if let (true, Some(endpoint), Some(gateway)) = (ours, endpoint, route.gateway) {
+                let value = Value::DefaultRoute { endpoint: *endpoint, gateway };
+                self.put(Key::DefaultRoute(id), value);
+            }
+        }
+        let wanted = sysctls(desired, Ns::Task(id));
+        if !wanted.is_empty() {
+            let values = task.netns.run(|| Ok(read_sysctls(&wanted)))?;
+            self.observed.objects.extend(values);
+        }
+        self.tasks.insert(id, task);
+        Ok(())
+    }
+
+    fn node_objects(
+        &mut self,
+        socket: &mut Socket,
+        nft: &mut Nft,
+        desired: &Desired,
+    ) -> Result<(), OpError> {
+        self.observed.objects.extend(read_sysctls(&sysctls(desired, Ns::Node)));
+        for route in rtnl::routes(socket)? {
+            let (Some(to), Some(oif)) = (route.to, route.oif) else { continue };
+            if route.protocol == rtnl::ROUTE_PROTOCOL && is_host(to) {
+                let link = self.links.link(oif);
+                self.put(Key::HostRoute(to.ip()), Value::HostRoute(link));
+            }
+        }
+        for (index, address, mac) in rtnl::neighbours(socket)? {
+            // Multicast and the like appear as permanent too on some kernels.
+            if let LinkRef::Veth(endpoint) = self.links.link(index)
+                && !is_multicast(address)
+            {
+                self.put(Key::Neighbour(endpoint, address), Value::Neighbour(mac));
+            }
+        }
+        if let Some(table) = nft.observe()? {
+            self.put(Key::Nft, table);
+        }
+        Ok(())
+    }
+
+    fn hooks(&mut self, socket: &mut Socket, bpf: &Bpf) -> Result<(), OpError> {
+        if bpf.tcx {
+            for (hook, program, ifindex) in bpf.pinned()? {
+                let link = match hook {
+                    Hook::TaskLo(_) => LinkRef::Index(ifindex),
+                    _ => self.links.link(ifindex),
+                };
+                let current = ifindex != 0 && bpf.is_current(hook, program);
+                let state = if current { Program::Current(link) } else { Program::Stale };
+                self.put(Key::Hook(hook), Value::Hook(state));
+            }
+            return Ok(());
+        }
+        let state = |found: Vec<(bool, Option<u32>)>, hook, link| {
+            let (_, program) = found.into_iter().find(|(ours, _)| *ours)?;
+            let current = program.is_some_and(|program| bpf.is_current(hook, program));
+            Some(Value::Hook(if current { Program::Current(link) } else { Program::Stale }))
+        };
+        let mut found = BTreeMap::new();
+        for link in rtnl::links(socket)? {
+            let (hook, at) = match self.links.link(link.index) {
+                LinkRef::Veth(endpoint) => (Hook::FromTask(endpoint), LinkRef::Veth(endpoint)),
+                LinkRef::Vxlan => (Hook::FromVxlan, LinkRef::Vxlan),
+                other => (Hook::FromUplink, other),
+            };
+            let filters = rtnl::filters(socket, link.index, rtnl::INGRESS)?;
+            if let Some(value) = state(filters, hook, at) {
+                found.insert(Key::Hook(hook), value);
+            }
+        }
+        for (id, task) in &mut self.tasks {
+            let hook = Hook::TaskLo(*id);
+            let at = mesh_dataplane::desired::LOOPBACK_IFINDEX;
+            let filters = rtnl::filters(&mut task.socket, at, rtnl::EGRESS)?;
+            if let Some(value) = state(filters, hook, LinkRef::Index(at)) {
+                found.insert(Key::Hook(hook), value);
+            }
+        }
+        self.observed.objects.extend(found);
+        Ok(())
+    }
+
+    fn maps(&mut self, bpf: &Bpf) -> Result<(), OpError> {
+        let mut used = 0;
+        for map in MapId::ALL {
+            for (key, value) in bpf.map(map).dump(DUMP_LIMIT)? {
+                // An array always has its entry; all zeros is none.
+                if map == MapId::Config && value.iter().all(|byte| *byte == 0) {
+                    continue;
+                }
+                let (key, value) = codec::decode(map, &key, &value, &self.links);
+                if let Value::Service(entry) = &value {
+                    used = used.max(u64::from(entry.offset) + u64::from(entry.len));
+                }
+                self.put(key, value);
+            }
+        }
+        self.observed.maglev = bpf.maglev.read(usize::try_from(used).unwrap_or(usize::MAX));
+        Ok(())
+    }
+}
+
+fn is_host(to: IpNetwork) -> bool {
+    to.prefix() == if to.is_ipv4() { 32 } else { 128 }
+}
+
+fn is_multicast(address: IpAddr) -> bool {
+    address.is_multicast() || address == IpAddr::from([255, 255, 255, 255])
+}
+
+fn sysctls(desired: &Desired, of: Ns) -> Vec<Key> {
+    let is = |key: &&Key| matches!(key, Key::Sysctl { ns, .. } if *ns == of);
+    desired.objects.keys().filter(is).cloned().collect()
+}
+
+/// Reads settings in the calling thread's namespace. One that is not there is left out.
+fn read_sysctls(keys: &[Key]) -> Vec<(Key, Value)> {
+    let read = |key: &Key| {
+        let Key::Sysctl { path, .. } = key else { return None };
+        let text = fs::read_to_string(sysctl_path(path)).ok()?;
+        Some((key.clone(), Value::Sysctl(text.trim_end().to_owned())))
+    };
+    keys.iter().filter_map(read).collect()
+}
+
+pub(crate) fn sysctl_path(path: &str) -> PathBuf {
+    Path::new("/proc/sys").join(path)
+}
+
+/// Writes a setting in the calling thread's namespace. A kernel without IPv6 has nothing to turn
+/// off.
+pub(crate) fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
+    match fs::write(sysctl_path(path), value) {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                && path.starts_with("net/ipv6")
+                && !Path::new("/proc/sys/net/ipv6").exists() =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
