@@ -146,8 +146,8 @@ impl Raft {
             .await
             .map_err(|e| StartError::Raft(e.to_string()))?;
         let heard = Arc::new(LastHeard::default());
-        // Twice the longest election: a change of leaders is no loss of the majority.
-        let patience = config.timers.election_max * 2;
+        // The lease, an election, and some: a change of leaders is no loss of the majority.
+        let patience = config.timers.election_max * 3;
         let first = judge(&core.metrics().borrow_watched(), &heard, patience);
         let (sender, leadership) = watch::channel(first);
         let watcher = Watcher {

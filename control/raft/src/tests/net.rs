@@ -74,6 +74,18 @@ impl Wire {
     }
 }
 
+/// A cut link says nothing: the caller runs into its time-out, or the transport's keep-alive breaks
+/// the connection (the one that carries a snapshot, which has 15 s).
+async fn silence(timeout: Duration) -> TransportError {
+    let keep_alive = Duration::from_secs(2);
+    sleep(timeout.min(keep_alive)).await;
+    if timeout < keep_alive {
+        TransportError::Timeout(timeout)
+    } else {
+        TransportError::Failed("the connection broke".into())
+    }
+}
+
 #[async_trait]
 impl Transport for Wire {
     async fn call(
@@ -86,9 +98,7 @@ impl Transport for Wire {
     ) -> Result<Bytes, TransportError> {
         let to = target.get();
         if self.cut(self.from, to) {
-            // A cut link says nothing: the caller runs into its time-out.
-            sleep(timeout).await;
-            return Err(TransportError::Timeout(timeout));
+            return Err(silence(timeout).await);
         }
         let Some(node) = self.links.lock().unwrap().nodes.get(&to).cloned() else {
             return Err(TransportError::Unreachable("connection refused".into()));
@@ -99,8 +109,7 @@ impl Transport for Wire {
             return Err(TransportError::Failed("connection reset".into()));
         }
         if self.cut(to, self.from) {
-            sleep(timeout).await;
-            return Err(TransportError::Timeout(timeout));
+            return Err(silence(timeout).await);
         }
         answer.map_err(|e| TransportError::Failed(e.to_string()))
     }
