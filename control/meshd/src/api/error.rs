@@ -68,8 +68,8 @@ impl ApiError {
     #[must_use]
     pub fn worker() -> Self {
         Self::unavailable(
-            "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster \
-             state. Please run this command on a manager node or promote the current node to a \
+            "This node is not a swarm manager. Worker nodes can't be used to view or modify \
+             cluster state. Please run this command on a manager node or promote the current node to a \
              manager.",
         )
     }
@@ -127,14 +127,16 @@ impl ApiError {
 }
 
 /// Docker's words for a node in no cluster.
-pub(crate) const NOT_IN_SWARM: &str =
-    "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to connect \
-     this node to swarm and try again.";
+pub(crate) const NOT_IN_SWARM: &str = concat!(
+    "This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm join\" to ",
+    "connect this node to swarm and try again."
+);
 
 /// Docker's words for a cluster without a leader.
-pub(crate) const NO_LEADER: &str =
-    "The swarm does not have a leader. It's possible that too few managers are online. Make sure \
-     more than half of the managers are online.";
+pub(crate) const NO_LEADER: &str = concat!(
+    "The swarm does not have a leader. It's possible that too few managers are online. ",
+    "Make sure more than half of the managers are online."
+);
 
 impl From<Rejection> for ApiError {
     fn from(rejection: Rejection) -> Self {

@@ -1,0 +1,120 @@
+//! Nodes.
+
+use mesh_api as api;
+use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, Role};
+
+use super::{cluster::availability, time, version};
+use crate::api::{ApiError, backend::Leadership};
+
+pub(crate) fn role(role: Role) -> &'static str {
+    match role {
+        Role::Worker => "worker",
+        Role::Manager => "manager",
+    }
+}
+
+pub(crate) fn state(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Unknown => "unknown",
+        NodeState::Down => "down",
+        NodeState::Ready => "ready",
+        NodeState::Disconnected => "disconnected",
+    }
+}
+
+fn availability_word(availability: Availability) -> &'static str {
+    match availability {
+        Availability::Active => "active",
+        Availability::Pause => "pause",
+        Availability::Drain => "drain",
+    }
+}
+
+/// A node as clients see it.
+pub(crate) fn node(
+    node: &Node,
+    cluster: Option<&Cluster>,
+    leadership: Option<&Leadership>,
+) -> api::Node {
+    api::Node {
+        id: node.id.to_string(),
+        version: version(&node.meta),
+        created_at: time(node.meta.created_ms),
+        updated_at: time(node.meta.updated_ms),
+        spec: api::NodeSpec {
+            name: node.spec.name.clone().unwrap_or_default(),
+            labels: node.spec.labels.clone(),
+            role: role(node.spec.role).into(),
+            availability: availability_word(node.spec.availability).into(),
+        },
+        description: description(node, cluster),
+        status: api::NodeStatus {
+            state: state(node.status.state).into(),
+            message: node.status.message.clone(),
+            addr: node.address.ip().to_string(),
+        },
+        manager_status: (node.spec.role == Role::Manager).then(|| manager(node, leadership)),
+    }
+}
+
+fn manager(node: &Node, leadership: Option<&Leadership>) -> api::ManagerStatus {
+    let reachability = match leadership {
+        None => "unknown",
+        Some(known) if known.reachable.contains(&node.number) => "reachable",
+        Some(_) => "unreachable",
+    };
+    api::ManagerStatus {
+        leader: leadership.is_some_and(|known| known.leader == node.number),
+        reachability: reachability.into(),
+        addr: node.address.to_string(),
+    }
+}
+
+fn description(node: &Node, cluster: Option<&Cluster>) -> api::NodeDescription {
+    let about = &node.description;
+    let plugin = api::Map::from([
+        ("Type".to_owned(), "Network".to_owned()),
+        ("Name".to_owned(), "overlay".to_owned()),
+    ]);
+    api::NodeDescription {
+        hostname: about.hostname.clone(),
+        platform: api::Platform { architecture: about.architecture.clone(), os: about.os.clone() },
+        resources: api::Resources { nano_cpus: about.nano_cpus, memory_bytes: about.memory_bytes },
+        engine: api::EngineDescription {
+            engine_version: about.engine_version.clone(),
+            plugins: vec![plugin],
+        },
+        tls_info: cluster.map(|c| super::cluster::tls_info(&c.ca_cert_pem)).unwrap_or_default(),
+    }
+}
+
+/// `POST /nodes/{id}/update`. Promotion and demotion are not there yet.
+pub(crate) fn spec(sent: api::NodeSpec, old: &NodeSpec) -> Result<NodeSpec, ApiError> {
+    let role = match sent.role.to_ascii_lowercase().as_str() {
+        "worker" => Role::Worker,
+        "manager" => Role::Manager,
+        other => {
+            return Err(ApiError::bad_request(format!(
+                "invalid Role: \"{other}\": use worker or manager"
+            )));
+        }
+    };
+    if role != old.role {
+        return Err(ApiError::new(
+            axum::http::StatusCode::NOT_IMPLEMENTED,
+            "changing a node's role (node promote, node demote, --role) is not implemented yet by \
+             mesh: let the node leave and join again with the other token",
+        ));
+    }
+    if sent.availability.is_empty() {
+        return Err(ApiError::bad_request(
+            "invalid Availability: \"\": use active, pause or drain",
+        ));
+    }
+    Ok(NodeSpec {
+        name: (!sent.name.is_empty()).then_some(sent.name),
+        labels: sent.labels,
+        role,
+        availability: availability(&sent.availability)?,
+    })
+}

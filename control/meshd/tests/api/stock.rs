@@ -1,0 +1,173 @@
+//! The stock `docker` CLI against the API. Without it on PATH these tests say so and pass.
+
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use super::Server;
+
+struct Cli<'a>(&'a Server);
+
+impl Cli<'_> {
+    /// Exit status, standard output, standard error.
+    async fn run(&self, line: &str) -> (i32, String, String) {
+        let mut command = Command::new("docker");
+        command
+            .arg("-H")
+            .arg(format!("unix://{}", self.0.dir.join("sock").display()))
+            .args(line.split_whitespace())
+            .env_remove("DOCKER_HOST")
+            .env_remove("DOCKER_CONTEXT")
+            .env("DOCKER_CONFIG", &self.0.dir)
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        let output = tokio::time::timeout(std::time::Duration::from_secs(60), command.output())
+            .await
+            .unwrap_or_else(|_| panic!("docker {line}: no end after 60 s"))
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+    }
+
+    /// Standard output of a command that has to succeed.
+    async fn ok(&self, line: &str) -> String {
+        let (code, out, err) = self.run(line).await;
+        assert_eq!(code, 0, "docker {line}: {out}{err}");
+        out.trim().to_owned()
+    }
+
+    /// What the daemon said to a command that has to fail.
+    async fn fails(&self, line: &str) -> String {
+        let (code, out, err) = self.run(line).await;
+        assert_eq!(code, 1, "docker {line}: {out}{err}");
+        err.trim().to_owned()
+    }
+}
+
+async fn installed() -> bool {
+    let found = Command::new("docker").arg("--version").output().await.is_ok();
+    if !found {
+        eprintln!("skipped: there is no docker CLI on PATH");
+    }
+    found
+}
+
+const PROCESS: &str = "--container-label mesh.runtime=process";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn swarm_and_node_verbs() {
+    if !installed().await {
+        return;
+    }
+    let server = Server::start("stock-swarm");
+    let docker = Cli(&server);
+    assert!(docker.ok("info").await.contains("Swarm: inactive"));
+    assert!(docker.fails("node ls").await.contains("This node is not a swarm manager."));
+    let out = docker.ok("swarm init --advertise-addr 192.0.2.11").await;
+    assert!(out.contains("is now a manager"), "{out}");
+    assert!(out.contains("docker swarm join --token SWMTKN-1-"), "{out}");
+    assert!(docker.fails("swarm init").await.contains("already part of a swarm"));
+    let token = docker.ok("swarm join-token -q worker").await;
+    assert!(token.starts_with("SWMTKN-1-"), "{token}");
+    let rotated = docker.ok("swarm join-token --rotate -q worker").await;
+    assert_ne!(token, rotated);
+    assert!(docker.ok("swarm join-token manager").await.contains("192.0.2.11:2377"));
+    let nodes = docker.ok("node ls").await;
+    assert!(nodes.contains("m1") && nodes.contains("Leader") && nodes.contains('*'), "{nodes}");
+    assert_eq!(docker.ok("node inspect self --format {{.Description.Hostname}}").await, "m1");
+    assert_eq!(docker.ok("node update --availability drain --label-add a=b m1").await, "m1");
+    assert_eq!(docker.ok("node inspect m1 --format {{.Spec.Availability}}").await, "drain");
+    assert!(docker.ok("node inspect --pretty m1").await.contains("Hostname"));
+    assert!(docker.fails("node demote m1").await.contains("not implemented"));
+    let version = docker.ok("version").await;
+    assert!(version.contains("1.51 (minimum version 1.24)"), "{version}");
+    assert!(docker.ok("info").await.contains("Managers: 1"));
+    assert!(docker.fails("swarm leave").await.contains("--force"));
+    docker.ok("swarm leave --force").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn network_verbs() {
+    if !installed().await {
+        return;
+    }
+    let server = Server::manager("stock-network").await;
+    let docker = Cli(&server);
+    let id = docker
+        .ok("network create -d overlay --subnet 10.99.0.0/24 --gateway 10.99.0.254 \
+             --ip-range 10.99.0.128/25 --opt com.docker.network.driver.mtu=1400 --attachable \
+             --internal --label a=b app")
+        .await;
+    assert_eq!(id.len(), 25);
+    let config = docker.ok("network inspect app --format {{.IPAM.Config}}").await;
+    assert!(config.contains("10.99.0.0/24") && config.contains("10.99.0.254"), "{config}");
+    assert!(docker.ok("network ls").await.contains("app"));
+    assert_eq!(docker.ok("network ls -q --no-trunc --filter name=app").await, id);
+    assert!(docker.ok("network inspect -v app").await.contains("\"Services\""));
+    assert!(docker.fails("network create -d overlay app").await.contains("already exists"));
+    let refused = docker.fails("network create -d overlay --opt encrypted e").await;
+    assert!(refused.contains("--opt encrypted"), "{refused}");
+    assert!(docker.fails("network create x").await.contains("--driver overlay"));
+    assert_eq!(docker.ok("network rm app").await, "app");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn service_verbs() {
+    if !installed().await {
+        return;
+    }
+    let server = Server::manager("stock-service").await;
+    let docker = Cli(&server);
+    docker.ok("network create -d overlay app").await;
+    let out = docker
+        .ok(&format!(
+            "service create --name web --replicas 2 --publish 8080:80 --network app --env A=b \
+             --label l=1 --hostname h --restart-delay 1s --restart-condition on-failure \
+             --stop-grace-period 3s --stop-signal SIGINT --no-resolve-image {PROCESS} host meshctl \
+             whoami --http 80"
+        ))
+        .await;
+    assert!(out.contains("converged"), "{out}");
+    let table = docker.ok("service ls").await;
+    assert!(table.contains("2/2") && table.contains("*:8080->80/tcp"), "{table}");
+    let tasks = docker.ok("service ps web").await;
+    assert_eq!(tasks.matches("Running").count(), 4, "{tasks}");
+    assert!(tasks.contains("web.1") && tasks.contains("m1"), "{tasks}");
+    let pretty = docker.ok("service inspect --pretty web").await;
+    assert!(pretty.contains("Replicas:\t2") && pretty.contains("PublishedPort = 8080"), "{pretty}");
+    let out = docker.ok("service scale web=3").await;
+    assert!(out.contains("web scaled to 3") && out.contains("converged"), "{out}");
+    docker.ok("service update -d --env-add X=y web").await;
+    let env =
+        docker.ok("service inspect web --format {{.Spec.TaskTemplate.ContainerSpec.Env}}").await;
+    assert_eq!(env, "[A=b X=y]");
+    docker.ok("service rollback -d web").await;
+    let env =
+        docker.ok("service inspect web --format {{.Spec.TaskTemplate.ContainerSpec.Env}}").await;
+    assert_eq!(env, "[A=b]");
+    let out =
+        docker.ok(&format!("service create --mode global --name g {PROCESS} host true")).await;
+    assert!(out.contains("converged"), "{out}");
+    let taken = docker
+        .fails(&format!("service create -d --publish 8080:80 --name other {PROCESS} host true"))
+        .await;
+    assert!(taken.contains("port '8080' is already in use by service"), "{taken}");
+    for (flags, word) in [
+        ("--mount type=volume,source=a,target=/a", "--mount"),
+        ("--limit-memory 64M", "--limit-memory"),
+        ("--constraint node.role==worker", "--constraint"),
+        ("--health-cmd true", "--health"),
+        ("--update-parallelism 2", "--update-parallelism"),
+        ("--mode replicated-job", "replicated-job"),
+        ("--publish mode=host,target=80", "mode=host"),
+        ("--user nobody", "--user"),
+    ] {
+        let line = format!("service create -d --name no {flags} {PROCESS} host true");
+        let refused = docker.fails(&line).await;
+        assert!(refused.contains(word), "{flags}: {refused}");
+    }
+    let refused = docker.fails("service create -d --name no nginx").await;
+    assert!(refused.contains("mesh.runtime=process"), "{refused}");
+    assert_eq!(docker.ok("service rm web g").await, "web\ng");
+    assert!(docker.fails("service inspect nosuch").await.contains("no such service: nosuch"));
+}
