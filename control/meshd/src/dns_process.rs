@@ -156,9 +156,11 @@ impl Resolver {
 
     /// Ends the resolver for good, as when the node leaves its cluster. Tasks that still run have no
     /// resolver afterwards.
-    pub async fn shutdown(mut self) {
+    pub async fn shutdown(&self) {
         self.stop.send_replace(true);
-        let _ = (&mut self.supervisor).await;
+        // The supervisor holds the other end until it is done.
+        let mut status = self.status.clone();
+        while status.changed().await.is_ok() {}
     }
 }
 

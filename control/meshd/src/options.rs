@@ -67,6 +67,17 @@ impl Options {
         self.state_dir.join("raft")
     }
 
+    /// The cgroup that tasks live under.
+    #[must_use]
+    pub fn cgroup(&self) -> PathBuf {
+        self.cgroup_parent.clone().unwrap_or_else(|| {
+            // Hybrid hosts have cgroup2 beside the v1 controllers.
+            let hybrid = Path::new("/sys/fs/cgroup/unified");
+            let root = if hybrid.exists() { hybrid } else { Path::new("/sys/fs/cgroup") };
+            root.join("mesh")
+        })
+    }
+
     /// The directory put in front of the PATH of process tasks.
     #[must_use]
     pub fn path_prefix(&self) -> Option<PathBuf> {

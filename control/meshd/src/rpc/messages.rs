@@ -130,6 +130,9 @@ pub struct ReportRequest {
     pub acked: Revision,
     /// What it says of itself, if that changed.
     pub description: Option<NodeDescription>,
+    /// From a manager to the leader: nodes that reported to it lately.
+    #[serde(default)]
+    pub heard: Vec<NodeId>,
 }
 
 /// The answer to a [`ReportRequest`].
@@ -137,6 +140,24 @@ pub struct ReportRequest {
 pub struct ReportResponse {
     /// The manager's revision.
     pub revision: Revision,
+}
+
+/// One counter of a node's data plane, summed over CPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterValue {
+    /// In snake case; for a drop its reason.
+    pub name: String,
+    /// Packets or events since the maps were made.
+    pub value: u64,
+    /// Whether it counts dropped packets.
+    pub is_drop: bool,
+}
+
+/// The answer to [`Route::Stats`](super::Route::Stats).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StatsResponse {
+    /// All counters.
+    pub counters: Vec<CounterValue>,
 }
 
 /// The first message of [`Route::Exec`](super::Route::Exec).

@@ -38,6 +38,10 @@ pub enum Route {
     Report,
     /// A command in a task, for its node to run.
     Exec,
+    /// A node's counters.
+    Stats,
+    /// A node says that it leaves the cluster.
+    Leave,
     /// Full state for gossip.
     AntiEntropy,
 }
@@ -54,6 +58,8 @@ impl Route {
             Self::Session => "/session".into(),
             Self::Report => "/report".into(),
             Self::Exec => "/exec".into(),
+            Self::Stats => "/stats".into(),
+            Self::Leave => "/leave".into(),
             Self::AntiEntropy => "/antientropy".into(),
         }
     }
@@ -66,6 +72,8 @@ impl Route {
             "/session" => Self::Session,
             "/report" => Self::Report,
             "/exec" => Self::Exec,
+            "/stats" => Self::Stats,
+            "/leave" => Self::Leave,
             "/antientropy" => Self::AntiEntropy,
             _ => Self::Raft(path.strip_prefix("/raft/")?.parse().ok()?),
         })
@@ -77,10 +85,10 @@ impl Route {
     pub fn allows(self, peer: &Peer) -> bool {
         match (self, peer) {
             (Self::Join, Peer::Joiner(_)) => true,
-            (Self::Raft(_) | Self::Exec, Peer::Node(Subject { role, .. })) => {
+            (Self::Raft(_) | Self::Exec | Self::Stats, Peer::Node(Subject { role, .. })) => {
                 *role == Role::Manager
             }
-            (Self::Session | Self::Report | Self::AntiEntropy, Peer::Node(_)) => true,
+            (Self::Session | Self::Report | Self::Leave | Self::AntiEntropy, Peer::Node(_)) => true,
             (_, Peer::Joiner(_)) | (Self::Join, Peer::Node(_)) => false,
         }
     }
@@ -92,7 +100,7 @@ impl Route {
             Self::Raft(RpcKind::Snapshot) => 256 * MIB,
             Self::Raft(_) => 16 * MIB,
             Self::Report | Self::AntiEntropy => 16 * MIB,
-            Self::Join | Self::Session | Self::Exec => MIB,
+            Self::Join | Self::Session | Self::Exec | Self::Stats | Self::Leave => MIB,
         }
     }
 }

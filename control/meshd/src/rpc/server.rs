@@ -30,7 +30,7 @@ use super::{
     frames::{self, FRAME_LIMIT, FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, ReportRequest,
-        ReportResponse, SessionRequest,
+        ReportResponse, SessionRequest, StatsResponse,
     },
 };
 use crate::{
@@ -92,6 +92,12 @@ pub trait RpcHandler: Send + Sync + 'static {
         input: FrameReader<ExecInput>,
         output: FrameWriter<ExecOutput>,
     );
+
+    /// The counters of this node's data plane.
+    async fn stats(&self, from: Subject) -> Result<StatsResponse, RpcError>;
+
+    /// The caller leaves the cluster.
+    async fn leave(&self, from: Subject) -> Result<(), RpcError>;
 
     /// Full state of gossip, both ways.
     async fn anti_entropy(&self, from: Subject, body: Bytes) -> Result<Bytes, RpcError>;
@@ -328,6 +334,8 @@ async fn member_call(
             let body = read(body, route).await?;
             Ok(bytes(StatusCode::OK, handler.anti_entropy(from, body).await?))
         }
+        Route::Stats => done(&handler.stats(from).await?),
+        Route::Leave => done(&handler.leave(from).await?),
         Route::Report => {
             let request = message(&read(body, route).await?)?;
             done(&handler.report(from, request).await?)

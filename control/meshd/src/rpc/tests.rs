@@ -29,7 +29,7 @@ use super::{
     frames::{FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, ReportRequest,
-        ReportResponse, SessionRequest,
+        ReportResponse, SessionRequest, StatsResponse,
     },
 };
 use crate::{
@@ -143,6 +143,16 @@ impl RpcHandler for Echo {
         }
         let code = i32::try_from(request.argv.len()).unwrap();
         output.send(&ExecOutput::Exit(code)).await.unwrap();
+    }
+
+    async fn stats(&self, _: Subject) -> Result<StatsResponse, RpcError> {
+        self.count();
+        Ok(StatsResponse::default())
+    }
+
+    async fn leave(&self, _: Subject) -> Result<(), RpcError> {
+        self.count();
+        Ok(())
     }
 
     async fn anti_entropy(&self, _: Subject, body: Bytes) -> Result<Bytes, RpcError> {

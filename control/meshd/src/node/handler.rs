@@ -1,0 +1,296 @@
+//! Answers other nodes.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, stream::BoxStream};
+use mesh_control::{
+    command::{Command, NewNode, Outcome},
+    model::{NodeSpec, Role},
+    token::JoinToken,
+};
+use mesh_raft::{ProposeError, RpcKind};
+use mesh_types::{NodeId, Revision, record::Scope, task::TaskAssignment};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{dataplane, exec, liveness::HEARTBEAT, manager::Manager};
+use crate::{
+    agent::AgentHandle,
+    pki::{self, Root, Subject},
+    rpc::{
+        Joiner, RpcError, RpcErrorKind, RpcHandler,
+        frames::{FrameReader, FrameWriter},
+        messages::{
+            ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, ManagerAddress,
+            NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
+        },
+    },
+};
+
+/// Changes within this time go out as one update.
+const GATHER: Duration = Duration::from_millis(5);
+
+/// What a node answers with. The parts come up one after the other, and the listener must be there
+/// first (raft needs it), so they are filled in as they start.
+#[derive(Default)]
+pub(crate) struct Handler {
+    /// Managers only.
+    pub(crate) manager: OnceLock<Arc<Manager>>,
+    /// Runs the tasks.
+    pub(crate) agent: OnceLock<AgentHandle>,
+    /// For the counters.
+    pub(crate) dataplane: OnceLock<dataplane::Handle>,
+}
+
+fn unavailable(what: impl std::fmt::Display) -> RpcError {
+    RpcError::new(RpcErrorKind::Unavailable, what)
+}
+
+fn denied(what: impl std::fmt::Display) -> RpcError {
+    RpcError::new(RpcErrorKind::Denied, what)
+}
+
+fn not_proposed(error: &ProposeError) -> RpcError {
+    let kind = match error {
+        ProposeError::Rejected(_) | ProposeError::TooLarge { .. } => RpcErrorKind::Invalid,
+        ProposeError::NoLeader | ProposeError::Behind { .. } | ProposeError::Stopped(_) => {
+            RpcErrorKind::Unavailable
+        }
+    };
+    RpcError::new(kind, error)
+}
+
+impl Handler {
+    fn manager(&self) -> Result<&Arc<Manager>, RpcError> {
+        self.manager.get().ok_or_else(|| unavailable("this node is no manager, or still starting"))
+    }
+
+    fn known(&self, node: NodeId) -> Result<&Arc<Manager>, RpcError> {
+        let manager = self.manager()?;
+        if manager.raft.read(|store| store.nodes.contains_key(&node)) {
+            Ok(manager)
+        } else {
+            // A manager that is behind may not have heard of a new node yet.
+            Err(unavailable(format!("node {node} is not in this manager's store")))
+        }
+    }
+}
+
+#[async_trait]
+impl RpcHandler for Handler {
+    async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
+        admit(self.manager()?, &from, request).await
+    }
+
+    async fn raft(&self, from: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
+        // The store's word is final: a node that was demoted or removed has no voice. A manager
+        // that just started has no store yet, and must hear the leader to get one.
+        let manager = self.manager()?;
+        let refused = manager.raft.leadership().borrow().me_leader
+            && manager.raft.read(|store| {
+                store.cluster.is_some()
+                    && store.nodes.get(&from.node).is_none_or(|n| n.spec.role != Role::Manager)
+            });
+        if refused {
+            return Err(denied(format!("node {} is no manager of this cluster", from.node)));
+        }
+        manager.raft.serve(kind, body).await.map_err(unavailable)
+    }
+
+    async fn session(
+        &self,
+        from: Subject,
+        request: SessionRequest,
+    ) -> Result<BoxStream<'static, NodeUpdate>, RpcError> {
+        let manager = Arc::clone(self.known(from.node)?);
+        manager.heard(&[from.node]);
+        let described = manager.described(from.node, request.description).await;
+        described.map_err(|error| not_proposed(&error))?;
+        let (updates, stream) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(async move {
+            let mut feed = Feed {
+                node: from.node,
+                revision: request.revision,
+                held: request.scopes,
+                assignments: None,
+                managers: Vec::new(),
+                secrets: None,
+            };
+            let mut revisions = manager.raft.watch();
+            loop {
+                revisions.borrow_and_update();
+                let Some(update) = feed.step(&manager) else { return };
+                if updates.send(update).await.is_err() {
+                    return;
+                }
+                let _ = tokio::time::timeout(HEARTBEAT, revisions.changed()).await;
+                tokio::time::sleep(GATHER).await;
+            }
+        });
+        Ok(ReceiverStream::new(stream).boxed())
+    }
+
+    async fn report(
+        &self,
+        from: Subject,
+        request: ReportRequest,
+    ) -> Result<ReportResponse, RpcError> {
+        let manager = self.known(from.node)?;
+        manager.heard(&[from.node]);
+        if from.role == Role::Manager {
+            manager.heard(&request.heard);
+        }
+        manager.acked(from.node, request.acked);
+        if let Some(description) = request.description {
+            let described = manager.described(from.node, description).await;
+            described.map_err(|error| not_proposed(&error))?;
+        }
+        if !request.statuses.is_empty() {
+            let command = Command::ReportTasks { node: from.node, statuses: request.statuses };
+            manager.propose(command).await.map_err(|error| not_proposed(&error))?;
+        }
+        Ok(ReportResponse { revision: manager.raft.read(|store| store.revision) })
+    }
+
+    async fn exec(
+        &self,
+        _from: Subject,
+        request: ExecRequest,
+        input: FrameReader<ExecInput>,
+        output: FrameWriter<ExecOutput>,
+    ) {
+        match self.agent.get() {
+            Some(agent) => exec::serve(agent, request, input, output).await,
+            None => {
+                let starting = ExecOutput::Failed("the node is still starting".to_owned());
+                let _ = output.send(&starting).await;
+            }
+        }
+    }
+
+    async fn anti_entropy(&self, _from: Subject, _body: Bytes) -> Result<Bytes, RpcError> {
+        Err(RpcError::new(RpcErrorKind::NotFound, "membership comes by gossip and the store alone"))
+    }
+
+    async fn stats(&self, _from: Subject) -> Result<StatsResponse, RpcError> {
+        let dataplane =
+            self.dataplane.get().ok_or_else(|| unavailable("the node is still starting"))?;
+        let counters = dataplane.counters().await.map_err(unavailable)?;
+        Ok(StatsResponse { counters })
+    }
+
+    async fn leave(&self, from: Subject) -> Result<(), RpcError> {
+        let manager = self.known(from.node)?;
+        manager.left(from.node).await.map_err(|error| not_proposed(&error))
+    }
+}
+
+/// Where one session is.
+struct Feed {
+    node: NodeId,
+    revision: Revision,
+    held: BTreeSet<Scope>,
+    assignments: Option<Vec<TaskAssignment>>,
+    managers: Vec<ManagerAddress>,
+    secrets: Option<([u8; 32], u16)>,
+}
+
+impl Feed {
+    /// What the node does not have yet; `None` when it is no longer of the cluster.
+    fn step(&mut self, manager: &Manager) -> Option<NodeUpdate> {
+        let view = manager.view(self.node, self.revision, &self.held)?;
+        self.revision = view.delta.to;
+        self.held.clone_from(&view.delta.scopes);
+        let mut update = NodeUpdate { delta: view.delta, ..NodeUpdate::default() };
+        if view.assignments.is_some() && self.assignments != view.assignments {
+            update.assignments.clone_from(&view.assignments);
+            self.assignments = view.assignments;
+        }
+        let managers = addresses(manager);
+        if self.managers != managers {
+            update.managers = Some(managers.clone());
+            self.managers = managers;
+        }
+        let secrets = manager.raft.read(|store| {
+            store.cluster.as_ref().map(|cluster| (cluster.gossip_key, cluster.spec.data_path_port))
+        });
+        if self.secrets != secrets {
+            update.gossip_key = secrets.map(|(key, _)| key);
+            update.data_path_port = secrets.map(|(_, port)| port);
+            self.secrets = secrets;
+        }
+        Some(update)
+    }
+}
+
+/// The managers as nodes need them. Sorted, so that a change of the leader is no change here.
+fn addresses(manager: &Manager) -> Vec<ManagerAddress> {
+    let mut managers: Vec<ManagerAddress> = manager
+        .managers()
+        .iter()
+        .map(|n| ManagerAddress { node: n.id, number: n.number, address: n.address })
+        .collect();
+    managers.sort_unstable();
+    managers
+}
+
+/// Checks a token and admits its bearer.
+async fn admit(
+    manager: &Manager,
+    from: &Joiner,
+    request: JoinRequest,
+) -> Result<JoinResponse, RpcError> {
+    let invalid = || denied("invalid join token");
+    let token: JoinToken = request.token.parse().map_err(|_| invalid())?;
+    // Rejecting or admitting must not rest on an old view: the token may just have been rotated.
+    manager.raft.read_barrier().await.map_err(unavailable)?;
+    let cluster = manager
+        .raft
+        .read(|store| store.cluster.clone())
+        .ok_or_else(|| unavailable("the cluster is not initialised yet"))?;
+    let root =
+        Root { cert_pem: cluster.ca_cert_pem.clone(), key_pem: cluster.ca_key_pem.clone().into() };
+    let internal = |error: pki::PkiError| RpcError::new(RpcErrorKind::Internal, error);
+    if !token.pins(&pki::parse_pem(&cluster.ca_cert_pem).map_err(internal)?) {
+        return Err(invalid());
+    }
+    let role = token.role(&cluster).map_err(|_| invalid())?;
+    let node = NodeId::from_bits(rand::random());
+    let address = match request.address.ip() {
+        ip if ip.is_unspecified() => SocketAddr::new(from.remote.ip(), request.address.port()),
+        _ => request.address,
+    };
+    let subject = Subject { node, role, cluster: cluster.id };
+    let life = Duration::from_secs(cluster.spec.certificate_secs);
+    let cert_pem =
+        root.sign(subject, &from.public_key, life, SystemTime::now()).map_err(internal)?;
+    let new = NewNode {
+        id: node,
+        spec: NodeSpec { role, availability: request.availability, ..NodeSpec::default() },
+        description: request.description,
+        address,
+        vtep: request.vtep.unwrap_or(address.ip()),
+    };
+    let outcome = manager.propose(Command::AddNode(Box::new(new))).await;
+    let Outcome::Node(number) = outcome.map_err(|error| not_proposed(&error))? else {
+        return Err(RpcError::new(RpcErrorKind::Internal, "the store gave the node no number"));
+    };
+    tracing::info!(%node, %number, ?role, %address, "admitted a node");
+    Ok(JoinResponse {
+        node,
+        number,
+        role,
+        cert_pem,
+        ca_pem: cluster.ca_cert_pem,
+        managers: addresses(manager),
+        gossip_key: cluster.gossip_key,
+        address,
+        data_path_port: cluster.spec.data_path_port,
+    })
+}

@@ -1,0 +1,255 @@
+//! What a manager does beside being a node: runs the leader's loops while it leads, and serves the
+//! revision stream.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use mesh_control::{
+    command::{Command, NodeReport, Outcome, Proposal},
+    leader::{LeaderMemory, decide},
+    model::{Node, NodeState, Role},
+    store::Store,
+    stream::{RecordLog, assignments, subscription},
+};
+use mesh_raft::{ProposeError, Raft};
+use mesh_types::{
+    NodeId, NodeNumber, Revision,
+    record::{Delta, Scope},
+    task::TaskAssignment,
+};
+use tokio::time::Instant;
+
+use super::{
+    clock,
+    liveness::{HEARTBEAT, Liveness},
+};
+
+/// The leader looks at liveness this often.
+const TICK: Duration = Duration::from_millis(500);
+
+/// A manager's share of the control plane.
+pub struct Manager {
+    /// The replicated store.
+    pub raft: Raft,
+    liveness: Mutex<Liveness>,
+    log: Mutex<RecordLog>,
+    acked: Mutex<BTreeMap<NodeId, Revision>>,
+}
+
+impl std::fmt::Debug for Manager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Manager").finish_non_exhaustive()
+    }
+}
+
+/// One view of the store for a session.
+#[derive(Debug)]
+pub(crate) struct View {
+    /// The step from where the node was.
+    pub(crate) delta: Delta,
+    /// Its whole set of tasks, unless this manager is behind the node.
+    pub(crate) assignments: Option<Vec<TaskAssignment>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Manager {
+    /// Wraps a started raft.
+    #[must_use]
+    pub fn new(raft: Raft) -> Arc<Self> {
+        Arc::new(Self {
+            raft,
+            liveness: Mutex::default(),
+            log: Mutex::default(),
+            acked: Mutex::default(),
+        })
+    }
+
+    /// Proposes with this node's clock.
+    ///
+    /// # Errors
+    /// As [`Raft::propose`].
+    pub async fn propose(&self, command: Command) -> Result<Outcome, ProposeError> {
+        let proposal = Proposal { now_ms: clock::wall_ms(), command };
+        self.raft.propose(proposal).await.map(|applied| applied.outcome)
+    }
+
+    /// A node was heard, directly or through another manager.
+    pub(crate) fn heard(&self, nodes: &[NodeId]) {
+        let now = clock::monotonic();
+        let mut liveness = lock(&self.liveness);
+        for node in nodes {
+            liveness.heard(*node, now);
+        }
+        drop(liveness);
+    }
+
+    /// A node reports what it is now like. Written only where it differs from the store.
+    pub(crate) async fn described(
+        &self,
+        node: NodeId,
+        description: mesh_control::model::NodeDescription,
+    ) -> Result<(), ProposeError> {
+        let known = self
+            .raft
+            .read(|store| store.nodes.get(&node).is_some_and(|n| n.description == description));
+        if known {
+            return Ok(());
+        }
+        let report = NodeReport { id: node, state: None, description: Some(description) };
+        self.propose(Command::ReportNodes(vec![report])).await.map(drop)
+    }
+
+    /// How far a node's kernel is, by its own word. Leader memory, never in the store.
+    pub(crate) fn acked(&self, node: NodeId, revision: Revision) {
+        lock(&self.acked).insert(node, revision);
+    }
+
+    /// A node said that it leaves: it is down at once, and its tasks are replaced.
+    pub(crate) async fn left(&self, node: NodeId) -> Result<(), ProposeError> {
+        let state = Some((NodeState::Down, "the node left the cluster".to_owned()));
+        let report = NodeReport { id: node, state, description: None };
+        self.propose(Command::ReportNodes(vec![report])).await.map(drop)
+    }
+
+    /// The step that brings a node up to date, and its tasks. `None`: the node is not (or no
+    /// longer) of this cluster. A store that is behind the node says nothing new: an older set of
+    /// tasks would end the younger ones.
+    pub(crate) fn view(
+        &self,
+        node: NodeId,
+        from: Revision,
+        held: &BTreeSet<Scope>,
+    ) -> Option<View> {
+        self.raft.read(|store| {
+            if store.revision < from {
+                let delta = Delta { to: from, scopes: held.clone(), ..Delta::default() };
+                return Some(View { delta, assignments: None });
+            }
+            store.nodes.get(&node)?;
+            let mut log = lock(&self.log);
+            log.update(store);
+            let wanted = subscription(store, node);
+            let delta = log.delta(from, held, &wanted);
+            Some(View { delta, assignments: Some(assignments(store, node)) })
+        })
+    }
+
+    /// The managers, for nodes to turn to, the leader first.
+    pub(crate) fn managers(&self) -> Vec<Node> {
+        let leader = self.raft.leadership().borrow().leader.map(|(number, _)| number);
+        let mut managers: Vec<Node> = self.raft.read(|store| {
+            store.nodes.values().filter(|n| n.spec.role == Role::Manager).cloned().collect()
+        });
+        managers.sort_by_key(|node| Some(node.number) != leader);
+        managers
+    }
+
+    /// Runs until aborted: the leader's loops while this node leads; else passes on what it heard.
+    pub(crate) async fn run(self: Arc<Self>, forward: impl AsyncForward) {
+        let mut revisions = self.raft.watch();
+        let mut leadership = self.raft.leadership();
+        let mut memory = LeaderMemory::default();
+        let mut led_term = None;
+        let mut wake = Instant::now();
+        loop {
+            tokio::select! {
+                _ = revisions.changed() => {}
+                _ = leadership.changed() => {}
+                () = tokio::time::sleep_until(wake) => {}
+            }
+            wake = Instant::now() + TICK;
+            let leading = leadership.borrow_and_update().clone();
+            if !leading.me_leader {
+                led_term = None;
+                if let Some((number, address)) = leading.leader {
+                    let recent = lock(&self.liveness).recent(clock::monotonic(), HEARTBEAT * 2);
+                    forward.forward(number, address, recent).await;
+                }
+                continue;
+            }
+            if led_term != Some(leading.term) {
+                led_term = Some(leading.term);
+                memory = LeaderMemory::default();
+                self.raft.read(|store| lock(&self.liveness).lead(store, clock::monotonic()));
+                tracing::info!(term = leading.term, "leading");
+            }
+            // Mark what stands now as seen: what changes from here on wakes the next round.
+            revisions.borrow_and_update();
+            if let Some(at) = self.round(&mut memory).await {
+                wake = wake.min(at);
+            }
+            let voters = leading.voters.keys().copied().collect();
+            self.align_voters(&voters).await;
+        }
+    }
+
+    /// One round of the leader's loops. Returns when to look again at the latest.
+    async fn round(&self, memory: &mut LeaderMemory) -> Option<Instant> {
+        let reports =
+            self.raft.read(|store| lock(&self.liveness).verdicts(store, clock::monotonic()));
+        if !reports.is_empty() {
+            for report in &reports {
+                tracing::info!(node = %report.id, state = ?report.state, "node state");
+            }
+            self.propose_logged(Command::ReportNodes(reports)).await;
+        }
+        let now_ms = clock::wall_ms();
+        let decision =
+            self.raft.read(|store: &Store| decide(store, memory, now_ms, &mut rand::random));
+        for command in decision.commands {
+            self.propose_logged(command).await;
+        }
+        decision
+            .wake_at_ms
+            .map(|at| Instant::now() + Duration::from_millis(at.saturating_sub(now_ms)))
+    }
+
+    async fn propose_logged(&self, command: Command) {
+        if let Err(error) = self.propose(command).await {
+            // The next round decides anew over what then stands.
+            tracing::warn!(%error, "a leader's proposal failed");
+        }
+    }
+
+    /// Every manager that is alive votes; nobody else does. One change at a time.
+    async fn align_voters(&self, voters: &BTreeSet<NodeNumber>) {
+        let recent: BTreeSet<NodeId> =
+            lock(&self.liveness).recent(clock::monotonic(), HEARTBEAT * 2).into_iter().collect();
+        let (add, remove) = self.raft.read(|store| {
+            let managers = || store.nodes.values().filter(|n| n.spec.role == Role::Manager);
+            let add = managers()
+                .find(|n| !voters.contains(&n.number) && recent.contains(&n.id))
+                .map(|n| (n.number, n.address));
+            let keep: BTreeSet<NodeNumber> = managers().map(|n| n.number).collect();
+            (add, voters.difference(&keep).next().copied())
+        });
+        if let Some((number, address)) = add {
+            tracing::info!(%number, %address, "adding a voter");
+            if let Err(error) = self.raft.add_voter(number, address).await {
+                tracing::warn!(%number, %error, "could not add a voter");
+            }
+        } else if let Some(number) = remove {
+            tracing::info!(%number, "removing a voter");
+            if let Err(error) = self.raft.remove_voter(number).await {
+                tracing::warn!(%number, %error, "could not remove a voter");
+            }
+        }
+    }
+}
+
+/// How a manager that does not lead passes on what it heard.
+pub(crate) trait AsyncForward: Send + Sync + 'static {
+    /// Tells the leader which nodes were heard.
+    fn forward(
+        &self,
+        leader: NodeNumber,
+        address: std::net::SocketAddr,
+        heard: Vec<NodeId>,
+    ) -> impl Future<Output = ()> + Send;
+}

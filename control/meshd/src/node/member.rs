@@ -1,0 +1,386 @@
+//! A node that is in a cluster: all the parts around its records, and the order in which they come
+//! up and go down.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use mesh_control::model::{NodeDescription, Role};
+use mesh_executor::{ProcessConfig, ProcessExecutor};
+use mesh_gossip::{Expected, GossipKey, Keyring, Timings};
+use mesh_raft::{Raft, RaftConfig};
+use mesh_types::{Epoch, NodeId, NodeNumber, record::RecordSet};
+use tokio::{sync::watch, task::AbortHandle};
+
+use super::{
+    dataplane, facts,
+    handler::Handler,
+    manager::{AsyncForward, Manager},
+    persist::{self, Settings},
+    plumbing::Plumbing,
+    session::Session,
+};
+use crate::{
+    agent::{Agent, AgentConfig, AgentHandle},
+    api::backend::EngineFacts,
+    dns_process::Resolver,
+    gossip::{GOSSIP_PORT, Shell, ShellConfig},
+    identity::Identity,
+    options::Options,
+    rpc::{
+        RaftTransport, Route, RpcClient, RpcServer,
+        messages::{ReportRequest, ReportResponse},
+    },
+    tls::{ClientTls, Expect, ServerTls},
+};
+
+/// The port of managers, Swarm's.
+pub(crate) const MANAGER_PORT: u16 = 2377;
+/// How long tasks may take to end when the node leaves.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node that is in a cluster.
+pub(crate) struct Member {
+    /// Who it is.
+    pub(crate) identity: Identity,
+    /// How it is reached and whom it knows.
+    pub(crate) settings: watch::Receiver<Arc<Settings>>,
+    /// Its share of the control plane, if it is a manager.
+    pub(crate) manager: Option<Arc<Manager>>,
+    /// Calls other nodes.
+    pub(crate) client: RpcClient,
+    /// Runs its tasks.
+    pub(crate) agent: AgentHandle,
+    /// Its kernel.
+    pub(crate) dataplane: dataplane::Handle,
+    resolver: Arc<Resolver>,
+    gossip: Arc<Mutex<Option<Shell>>>,
+    options: Options,
+    tasks: Vec<AbortHandle>,
+    _servers: Vec<RpcServer>,
+}
+
+/// Starts a manager's raft on its directory.
+pub(crate) async fn start_raft(
+    options: &Options,
+    identity: &Identity,
+    address: SocketAddr,
+    client: &RpcClient,
+) -> Result<Raft> {
+    let config = RaftConfig::new(options.raft_dir(), identity.number, address, identity.data_key);
+    let transport = Arc::new(RaftTransport::new(client.clone()));
+    Raft::start(config, transport).await.context("starting the store")
+}
+
+/// Everything of an address family.
+fn any(like: IpAddr, port: u16) -> SocketAddr {
+    match like {
+        IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, port).into(),
+        IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, port).into(),
+    }
+}
+
+impl Member {
+    /// Brings all parts up. `raft`: already started, by `swarm init`.
+    pub(crate) async fn start(
+        options: &Options,
+        engine: &EngineFacts,
+        identity: Identity,
+        settings: Settings,
+        raft: Option<(Raft, RpcClient)>,
+    ) -> Result<Self> {
+        let (raft, client) = match raft {
+            Some((raft, client)) => (Some(raft), client),
+            None => (None, RpcClient::new(ClientTls::member(&identity)?)),
+        };
+        let handler = Arc::new(Handler::default());
+        let tls = ServerTls::new(&identity)?;
+        let advertised = settings.address;
+        let mut ports = vec![GOSSIP_PORT];
+        if identity.role == Role::Manager {
+            ports.push(advertised.port());
+        }
+        let mut servers = Vec::new();
+        for port in ports {
+            let address = any(advertised.ip(), port);
+            servers.push(RpcServer::bind(address, tls.clone(), handler.clone()).await?);
+        }
+        let mut tasks = Vec::new();
+        let manager = match identity.role {
+            Role::Worker => None,
+            Role::Manager => {
+                let raft = match raft {
+                    Some(raft) => raft,
+                    None => start_raft(options, &identity, advertised, &client).await?,
+                };
+                let manager = Manager::new(raft);
+                let _ = handler.manager.set(Arc::clone(&manager));
+                let forward = Forward { client: client.clone() };
+                tasks.push(tokio::spawn(Arc::clone(&manager).run(forward)).abort_handle());
+                Some(manager)
+            }
+        };
+        let (records, watched) = watch::channel(Arc::new(persist::records(&options.state_dir)));
+        let dataplane = dataplane::start(
+            options,
+            dataplane::Facts {
+                node: identity.number,
+                vtep: settings.vtep,
+                vxlan_port: settings.data_path_port,
+            },
+            watched.clone(),
+        )
+        .await?;
+        let _ = handler.dataplane.set(dataplane.clone());
+        let resolver = Arc::new(Resolver::start(
+            &std::env::current_exe().context("finding meshd's own executable")?,
+            &options.state_dir.join("dns"),
+        )?);
+        let plumbing = Arc::new(Plumbing::new(
+            watched.clone(),
+            dataplane.clone(),
+            Arc::clone(&resolver),
+            upstreams(),
+        ));
+        let agent = start_agent(options, engine, Arc::clone(&plumbing)).await?;
+        let _ = handler.agent.set(agent.clone());
+        tasks.push(tokio::spawn(names(watched.clone(), plumbing)).abort_handle());
+        let gossip = start_gossip(&identity, &settings)?;
+        gossip.update_members(expected(&watched.borrow()));
+        let (description, described) = watch::channel(facts::describe(engine));
+        tasks.push(
+            tokio::spawn(describe(facts::describe(engine), dataplane.clone(), description))
+                .abort_handle(),
+        );
+        let (settings, settings_watched) = watch::channel(Arc::new(settings));
+        let session = Session {
+            node: identity.node,
+            options: options.clone(),
+            client: client.clone(),
+            records,
+            settings,
+            agent: agent.clone(),
+            description: described,
+            applied: dataplane.applied(),
+        };
+        tasks.push(tokio::spawn(session.run()).abort_handle());
+        let member = Self {
+            identity,
+            settings: settings_watched,
+            manager,
+            client,
+            agent,
+            dataplane,
+            resolver,
+            gossip: Arc::new(Mutex::new(Some(gossip))),
+            options: options.clone(),
+            tasks,
+            _servers: servers,
+        };
+        member.follow_members(watched);
+        Ok(member)
+    }
+
+    /// Tells gossip who may be a member, on every change.
+    fn follow_members(&self, mut records: watch::Receiver<Arc<RecordSet>>) {
+        let gossip = Arc::clone(&self.gossip);
+        tokio::spawn(async move {
+            while records.changed().await.is_ok() {
+                let expected = expected(&records.borrow_and_update());
+                match gossip.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                    Some(shell) => shell.update_members(expected),
+                    None => return,
+                }
+            }
+        });
+    }
+
+    /// Nodes that answer gossip now, this one included.
+    pub(crate) fn alive(&self) -> std::collections::BTreeSet<NodeNumber> {
+        let gossip = self.gossip.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut alive: std::collections::BTreeSet<NodeNumber> = gossip
+            .as_ref()
+            .map(|shell| shell.members().borrow().keys().copied().collect())
+            .unwrap_or_default();
+        drop(gossip);
+        alive.insert(self.identity.number);
+        alive
+    }
+
+    /// Leaves: ends the tasks, takes all kernel state away, forgets the cluster. Goes on past
+    /// failures and returns the first: the node is out either way.
+    pub(crate) async fn leave(self: Arc<Self>) -> Result<()> {
+        let mut first = None;
+        let mut note = |what: &str, result: Result<()>| {
+            if let Err(error) = result {
+                tracing::warn!(error = %format!("{error:#}"), "leaving: {what}");
+                first.get_or_insert(error.context(what.to_owned()));
+            }
+        };
+        self.tell_others().await;
+        for task in &self.tasks {
+            task.abort();
+        }
+        note("ending tasks", self.agent.stop_all(LEAVE_PATIENCE).await);
+        let gossip = self.gossip.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(gossip) = gossip {
+            gossip.leave().await;
+        }
+        note("taking down the data plane", self.dataplane.teardown().await);
+        if let Some(manager) = &self.manager {
+            manager.raft.shutdown().await;
+        }
+        self.resolver.shutdown().await;
+        note("forgetting the cluster", forget(&self.options));
+        first.map_or(Ok(()), Err)
+    }
+
+    /// So that the others need not wait for silence. Best effort: they find out in any case.
+    async fn tell_others(&self) {
+        let managers = self.settings.borrow().managers.clone();
+        for manager in managers.into_iter().filter(|m| m.node != self.identity.node) {
+            let told: Result<(), _> = self
+                .client
+                .call(
+                    manager.address,
+                    Expect::Node(manager.node),
+                    Route::Leave,
+                    &(),
+                    Duration::from_secs(3),
+                )
+                .await;
+            match told {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(%error, "could not tell a manager"),
+            }
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Removes what a member keeps on disk.
+pub(crate) fn forget(options: &Options) -> Result<()> {
+    Identity::remove(&options.state_dir)?;
+    persist::remove(&options.state_dir)?;
+    for path in [options.raft_dir(), options.state_dir.join("dns"), options.tasks_dir()] {
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    let _ = std::fs::remove_file(options.state_dir.join("agent.json"));
+    Ok(())
+}
+
+struct Forward {
+    client: RpcClient,
+}
+
+impl AsyncForward for Forward {
+    async fn forward(&self, _leader: NodeNumber, address: SocketAddr, heard: Vec<NodeId>) {
+        if heard.is_empty() {
+            return;
+        }
+        let request = ReportRequest { heard, ..ReportRequest::default() };
+        let sent: Result<ReportResponse, _> = self
+            .client
+            .call(address, Expect::Manager, Route::Report, &request, Duration::from_secs(1))
+            .await;
+        if let Err(error) = sent {
+            tracing::debug!(%error, "could not pass on who is alive");
+        }
+    }
+}
+
+async fn start_agent(
+    options: &Options,
+    engine: &EngineFacts,
+    plumbing: Arc<Plumbing>,
+) -> Result<AgentHandle> {
+    let executor = ProcessExecutor::new(ProcessConfig::new(options.tasks_dir(), options.cgroup()))?;
+    let config = AgentConfig {
+        state_dir: options.state_dir.clone(),
+        node_name: engine.hostname.clone(),
+        path_dir: options.path_prefix(),
+        resolv_conf: AgentConfig::RESOLV_CONF.to_owned(),
+    };
+    Agent::start(config, Arc::new(executor), plumbing).await
+}
+
+fn start_gossip(identity: &Identity, settings: &Settings) -> Result<Shell> {
+    let config = ShellConfig {
+        number: identity.number,
+        id: identity.node,
+        cluster: identity.cluster,
+        address: SocketAddr::new(settings.address.ip(), GOSSIP_PORT),
+        keys: Keyring::new(GossipKey { epoch: Epoch::MIN, secret: settings.gossip_key }),
+        timings: Timings::LAN,
+    };
+    Shell::start(config).context("starting gossip on UDP port 7946")
+}
+
+/// The nodes that the store knows.
+fn expected(records: &RecordSet) -> BTreeMap<NodeNumber, Expected> {
+    let gossip = |ip| SocketAddr::new(ip, GOSSIP_PORT);
+    records
+        .nodes
+        .values()
+        .map(|n| (n.number, Expected { id: n.id, address: gossip(n.address) }))
+        .collect()
+}
+
+/// Tells the resolver of every change of the records.
+async fn names(mut records: watch::Receiver<Arc<RecordSet>>, plumbing: Arc<Plumbing>) {
+    loop {
+        records.borrow_and_update();
+        plumbing.push_names();
+        if records.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Keeps the description true: the host's own addresses and routes come and go.
+async fn describe(
+    base: NodeDescription,
+    dataplane: dataplane::Handle,
+    description: watch::Sender<NodeDescription>,
+) {
+    let mut routes = dataplane.host_routes();
+    loop {
+        let host_routes = routes.borrow_and_update().clone();
+        description.send_if_modified(|current| {
+            let new = NodeDescription { host_routes, ..base.clone() };
+            let changed = *current != new;
+            *current = new;
+            changed
+        });
+        if routes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The node's own resolvers (resolv.conf(5)), which get what is not the cluster's.
+fn upstreams() -> Vec<SocketAddr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    text.lines()
+        .filter_map(|line| line.split_once(char::is_whitespace))
+        .filter(|(key, _)| *key == "nameserver")
+        .filter_map(|(_, value)| value.trim().parse::<IpAddr>().ok())
+        .map(|ip| SocketAddr::new(ip, 53))
+        .collect()
+}

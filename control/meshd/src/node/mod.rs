@@ -1,0 +1,97 @@
+//! The node: in no cluster, or a member of one.
+//!
+//! - [`bootstrap`] makes members, [`member`] brings their parts up and down.
+//! - [`session`] keeps records and assignments coming, [`plumbing`] plugs tasks in, [`dataplane`]
+//!   drives the kernel.
+//! - [`manager`] runs the leader's loops; [`handler`] answers other nodes; [`backend`] the API.
+
+mod backend;
+mod bootstrap;
+mod clock;
+mod dataplane;
+mod exec;
+mod facts;
+mod handler;
+mod liveness;
+mod manager;
+mod member;
+mod persist;
+mod plumbing;
+mod session;
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use anyhow::{Context, Result};
+
+use self::member::Member;
+use crate::{api::backend::EngineFacts, identity::Identity, options::Options};
+
+/// This node.
+pub struct Node {
+    options: Options,
+    engine: EngineFacts,
+    state: RwLock<State>,
+    /// Held while the node joins or leaves.
+    changing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Clone)]
+enum State {
+    Inactive,
+    Pending,
+    Active(Arc<Member>),
+    Error(String),
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    /// Takes up the membership that is kept in the state directory, if there is one. What keeps it
+    /// from that is the node's state (`docker info` shows it), not the daemon's end.
+    ///
+    /// # Errors
+    /// If the state directory cannot be used.
+    pub async fn start(options: Options) -> Result<Arc<Self>> {
+        std::fs::create_dir_all(&options.state_dir)
+            .with_context(|| format!("making {}", options.state_dir.display()))?;
+        let engine = facts::read(&options);
+        let identity = Identity::load(&options.state_dir)?;
+        let state = match identity {
+            None => State::Inactive,
+            Some(identity) => resume(&options, &engine, identity).await,
+        };
+        Ok(Arc::new(Self {
+            options,
+            engine,
+            state: RwLock::new(state),
+            changing: tokio::sync::Mutex::new(()),
+        }))
+    }
+
+    fn state(&self) -> State {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_state(&self, state: State) {
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+}
+
+async fn resume(options: &Options, engine: &EngineFacts, identity: Identity) -> State {
+    let started = match persist::settings(&options.state_dir) {
+        Ok(settings) => Member::start(options, engine, identity, settings, None).await,
+        Err(error) => Err(error),
+    };
+    match started {
+        Ok(member) => State::Active(Arc::new(member)),
+        Err(error) => {
+            let text = format!("{error:#}");
+            tracing::error!(error = %text, "this node cannot take up its membership");
+            State::Error(text)
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! A node's session with a manager: records and assignments come down, statuses, acknowledged
+//! revisions and signs of life go up. Any manager will do; with none reachable the node goes on
+//! with what it has.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use mesh_control::model::NodeDescription;
+use mesh_types::{
+    NodeId, Revision,
+    record::{Delta, RecordSet},
+};
+use tokio::sync::watch;
+
+use super::{clock, liveness::HEARTBEAT, persist};
+use crate::{
+    agent::{AgentHandle, StatusFeed},
+    options::Options,
+    rpc::{
+        Route, RpcClient,
+        messages::{ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest},
+    },
+    tls::Expect,
+};
+
+/// A manager that says nothing for this long is given up. It speaks once a second.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Opening a session or reporting takes no longer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between rounds over all managers.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// What a session needs.
+pub(crate) struct Session {
+    /// This node.
+    pub(crate) node: NodeId,
+    /// For the state directory.
+    pub(crate) options: Options,
+    /// Calls managers.
+    pub(crate) client: RpcClient,
+    /// The records; this module alone writes them.
+    pub(crate) records: watch::Sender<Arc<RecordSet>>,
+    /// What changes with the cluster; this module alone writes it after the start.
+    pub(crate) settings: watch::Sender<Arc<persist::Settings>>,
+    /// Runs the tasks.
+    pub(crate) agent: AgentHandle,
+    /// What the node says of itself.
+    pub(crate) description: watch::Receiver<NodeDescription>,
+    /// How far the kernel is.
+    pub(crate) applied: watch::Receiver<Revision>,
+}
+
+impl Session {
+    /// Runs until aborted.
+    pub(crate) async fn run(mut self) {
+        let mut pause = PAUSE.0;
+        loop {
+            for manager in self.candidates() {
+                let began = clock::monotonic();
+                match self.with(manager).await {
+                    Ok(()) => tracing::info!(%manager, "the manager ended the session"),
+                    Err(error) => {
+                        tracing::debug!(%manager, error = %format!("{error:#}"), "no session")
+                    }
+                }
+                if clock::monotonic().saturating_sub(began) > SILENCE {
+                    pause = PAUSE.0;
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// Managers to try: this node itself first if it is one, then the others in an order of this
+    /// node's own, so that workers spread.
+    fn candidates(&self) -> Vec<SocketAddr> {
+        let mut managers: Vec<ManagerAddress> = self.settings.borrow().managers.clone();
+        let spread = |m: &ManagerAddress| m.node.bits() ^ self.node.bits();
+        managers.sort_by_key(|m| (m.node != self.node, spread(m)));
+        managers.into_iter().map(|m| m.address).collect()
+    }
+
+    async fn with(&mut self, manager: SocketAddr) -> Result<()> {
+        let request = {
+            let records = self.records.borrow();
+            SessionRequest {
+                revision: records.revision,
+                scopes: records.scopes.clone(),
+                description: self.description.borrow_and_update().clone(),
+            }
+        };
+        let mut updates = self.client.session(manager, &request, PATIENCE).await?;
+        let mut reporter = Reporter {
+            client: self.client.clone(),
+            manager,
+            statuses: self.agent.statuses(),
+            applied: self.applied.clone(),
+            description: self.description.clone(),
+        };
+        let reports = tokio::spawn(async move { reporter.run().await });
+        let _abort = AbortOnDrop(reports.abort_handle());
+        tracing::info!(%manager, "session");
+        loop {
+            let update = tokio::time::timeout(SILENCE, updates.next())
+                .await
+                .context("the manager is silent")??;
+            let Some(update) = update else { return Ok(()) };
+            self.apply(update);
+            if reports.is_finished() {
+                return reports.await.context("reporting")?;
+            }
+        }
+    }
+
+    /// Records first: the agent waits for those of its tasks' networks.
+    fn apply(&self, update: NodeUpdate) {
+        let NodeUpdate { delta, assignments, managers, gossip_key, data_path_port } = update;
+        self.apply_records(delta);
+        if let Some(assignments) = assignments {
+            self.agent.assign(assignments);
+        }
+        let changed = self.settings.send_if_modified(|settings| {
+            let mut new = (**settings).clone();
+            if let Some(managers) = managers.filter(|managers| !managers.is_empty()) {
+                new.managers = managers;
+            }
+            new.gossip_key = gossip_key.unwrap_or(new.gossip_key);
+            new.data_path_port = data_path_port.unwrap_or(new.data_path_port);
+            let changed = new != **settings;
+            *settings = Arc::new(new);
+            changed
+        });
+        if changed {
+            let settings = Arc::clone(&self.settings.borrow());
+            keep(persist::save_settings(&self.options.state_dir, &settings));
+        }
+    }
+
+    fn apply_records(&self, delta: Delta) {
+        let content =
+            !(delta.upserts.is_empty() && delta.removals.is_empty() && delta.reset.is_empty());
+        let changed = self.records.send_if_modified(|records| {
+            if !content && records.revision >= delta.to && records.scopes == delta.scopes {
+                return false;
+            }
+            let mut new = (**records).clone();
+            new.apply(delta);
+            *records = Arc::new(new);
+            true
+        });
+        if changed && content {
+            let records = Arc::clone(&self.records.borrow());
+            keep(persist::save_records(&self.options.state_dir, &records));
+        }
+    }
+}
+
+fn keep(saved: Result<()>) {
+    if let Err(error) = saved {
+        tracing::error!(error = %format!("{error:#}"), "state is not kept; a restart without managers would miss it");
+    }
+}
+
+struct Reporter {
+    client: RpcClient,
+    manager: SocketAddr,
+    statuses: StatusFeed,
+    applied: watch::Receiver<Revision>,
+    description: watch::Receiver<NodeDescription>,
+}
+
+impl Reporter {
+    async fn run(&mut self) -> Result<()> {
+        loop {
+            let mut description = None;
+            let statuses = tokio::select! {
+                statuses = self.statuses.next() => statuses.context("the agent ended")?,
+                changed = self.applied.changed() => {
+                    changed.context("the data plane ended")?;
+                    Vec::new()
+                }
+                changed = self.description.changed() => {
+                    changed.context("the node's facts ended")?;
+                    description = Some(self.description.borrow().clone());
+                    Vec::new()
+                }
+                () = tokio::time::sleep(HEARTBEAT) => Vec::new(),
+            };
+            let request = ReportRequest {
+                statuses,
+                acked: *self.applied.borrow_and_update(),
+                description,
+                ..ReportRequest::default()
+            };
+            let _: ReportResponse = self
+                .client
+                .call(self.manager, Expect::Manager, Route::Report, &request, PATIENCE)
+                .await?;
+            self.statuses.confirm(request.statuses);
+        }
+    }
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
