@@ -35,11 +35,13 @@ impl Apply<'_> {
         let mut broken: BTreeSet<EndpointId> = BTreeSet::new();
         for op in ops {
             let key = op.key();
-            let veth = key.veth();
+            if key.veth().is_some_and(|veth| broken.contains(&veth)) {
+                // The pair's own failure says it all.
+                continue;
+            }
             match self.one(op) {
                 Ok(()) => done.push(key.clone()),
-                // The pair's own failure says it all.
-                Err(OpError::NoLink) if veth.is_some_and(|veth| broken.contains(&veth)) => {}
+                Err(OpError::NoLink) if !broken.is_empty() => {}
                 Err(error) => {
                     if let Key::Veth(endpoint) = key {
                         broken.insert(*endpoint);
@@ -220,7 +222,10 @@ impl Apply<'_> {
         rtnl::add_veth(self.socket, &host, &peer, task.netns.file().as_fd())?;
         let link = rtnl::link_named(self.socket, &name)?.ok_or(OpError::NoLink)?;
         self.round.links.insert(LinkRef::Veth(endpoint), link.index);
-        task.index_of.insert(endpoint, link.peer.ok_or(OpError::NoLink)?);
+        let peer = link.peer.ok_or(OpError::NoLink)?;
+        task.index_of.insert(endpoint, peer);
+        let up = LinkChange { up: Some(true), ..LinkChange::default() };
+        rtnl::set_link(&mut task.socket, peer, &up)?;
         let change = LinkChange { alias: Some(LINK_ALIAS), ..LinkChange::default() };
         Ok(rtnl::set_link(self.socket, link.index, &change)?)
     }

@@ -152,13 +152,30 @@ pub(crate) fn load_trivial() -> io::Result<OwnedFd> {
 
 /// A hash or array map as bytes.
 #[derive(Debug)]
-pub(crate) struct RawMap {
+pub struct RawMap {
     fd: OwnedFd,
     key: usize,
     value: usize,
 }
 
 impl RawMap {
+    /// Opens a pinned map (not a per-CPU one).
+    ///
+    /// # Errors
+    /// No such pin, or no right to open it.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        use std::os::fd::AsFd;
+        let fd = open_pin(path)?;
+        let (key, value, _) = map_info(fd.as_fd())?;
+        Ok(Self { fd, key, value })
+    }
+
+    /// Sizes of key and value in bytes.
+    #[must_use]
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.key, self.value)
+    }
+
     /// `key` and `value` must be the map's sizes; the caller has checked them.
     pub(crate) fn new(fd: OwnedFd, key: usize, value: usize) -> Self {
         Self { fd, key, value }
@@ -170,7 +187,14 @@ impl RawMap {
         Attr::new().fd(0, self.fd.as_fd()).u64(8, key.as_ptr() as u64)
     }
 
-    pub(crate) fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    /// The value at a key.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    ///
+    /// # Panics
+    /// The key has not the map's size.
+    pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let mut value = vec![0; self.value];
         let attr = self.attr(key).u64(16, value.as_mut_ptr() as u64);
         // SAFETY: key and value buffers have the map's sizes.
@@ -181,7 +205,14 @@ impl RawMap {
         }
     }
 
-    pub(crate) fn put(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+    /// Writes an entry.
+    ///
+    /// # Errors
+    /// The map is full (`E2BIG`), or the kernel refuses.
+    ///
+    /// # Panics
+    /// Key or value have not the map's sizes.
+    pub fn put(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
         assert_eq!(value.len(), self.value, "the value has the map's size");
         let attr = self.attr(key).u64(16, value.as_ptr() as u64);
         // SAFETY: key and value buffers have the map's sizes.
@@ -189,7 +220,13 @@ impl RawMap {
     }
 
     /// Removes an entry; one that is gone already will do.
-    pub(crate) fn delete(&self, key: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    ///
+    /// # Panics
+    /// The key has not the map's size.
+    pub fn delete(&self, key: &[u8]) -> io::Result<()> {
         // SAFETY: the key buffer has the map's size.
         match unsafe { self.attr(key).call(BPF_MAP_DELETE_ELEM) } {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
@@ -214,8 +251,11 @@ impl RawMap {
         }
     }
 
-    /// All entries, at most `limit` steps.
-    pub(crate) fn dump(&self, limit: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    /// All entries, at most `limit` of them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn dump(&self, limit: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut entries = Vec::new();
         let mut key = None;
         for _ in 0..limit {

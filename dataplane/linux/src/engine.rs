@@ -239,7 +239,7 @@ impl Engine {
             gateway_range: self.config.gateway_range,
             maglev_capacity: capacity,
         };
-        Ok(desired(&Input {
+        let mut desired = desired(&Input {
             node: self.config.node,
             records: &self.records,
             underlay: &underlay,
@@ -247,7 +247,9 @@ impl Engine {
             withdrawn: &self.withdrawn,
             options: &options,
             previous: self.last.as_ref(),
-        }))
+        });
+        desired.objects.retain(|key, _| !matches!(key, Key::Hook(hook) if !self.bpf.has(*hook)));
+        Ok(desired)
     }
 
     /// One round: computes what should be, observes, and applies the difference.
@@ -310,14 +312,18 @@ impl Engine {
         let done: BTreeSet<&Key> = done.iter().collect();
         for op in ops.iter().filter(|op| done.contains(op.key())) {
             report.applied.push(op.to_string());
-            let Some(last) = &self.last else { continue };
-            let (before, now) = (last.objects.get(op.key()), desired.objects.get(op.key()));
-            if before == now && (before.is_some() || matches!(op, Op::Delete { .. })) {
-                let of_service = matches!(op.key(), Key::Service(_) | Key::Published(..));
-                if !of_service || last.services == desired.services {
-                    report.healed += 1;
-                }
-            }
+            report.healed += usize::from(self.was_wanted(op.key(), desired));
+        }
+    }
+
+    /// Whether the last round wanted of this object what this one wants: then a change repairs.
+    fn was_wanted(&self, key: &Key, desired: &Desired) -> bool {
+        let Some(last) = &self.last else { return false };
+        match (last.objects.get(key), desired.objects.get(key)) {
+            (Some(before), Some(now)) => before == now,
+            // Of a service, or nobody's.
+            (None, None) => last.services == desired.services,
+            _ => false,
         }
     }
 

@@ -24,6 +24,7 @@ mod rtnl;
 mod underlay;
 
 pub use bpf::MapSizes;
+pub use bpf_sys::RawMap;
 pub use engine::{AttachError, Engine, EngineConfig, Lease, Report, monotonic_ns};
 pub use error::{Failure, Missing, OpError, OpenError};
 pub use netlink::NetlinkError;

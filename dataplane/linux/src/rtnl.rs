@@ -129,7 +129,8 @@ pub(crate) struct VethEnd<'a> {
     pub(crate) mtu: u32,
 }
 
-/// Makes a veth pair with its peer in another namespace, both ends up, in one message.
+/// Makes a veth pair with its peer in another namespace, the host's end up, in one message. (The
+/// peer cannot be brought up by it: `veth_open` finds no partner yet, drivers/net/veth.c.)
 pub(crate) fn add_veth(
     socket: &mut Socket,
     host: &VethEnd,
@@ -143,7 +144,7 @@ pub(crate) fn add_veth(
     let request = Request::new(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &up);
     let request = end(request, host).nest(IFLA_LINKINFO, &[], |request| {
         request.text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, &[], |request| {
-            request.nest(VETH_INFO_PEER, &up, |request| {
+            request.nest(VETH_INFO_PEER, &ifinfo(0, 0, 0), |request| {
                 end(request, task).u32(IFLA_NET_NS_FD, netns.as_raw_fd() as u32)
             })
         })

@@ -1,0 +1,272 @@
+//! The engine against a real kernel: nodes and tasks are network namespaces (`h2-*`), each test has
+//! its own. Needs root; without it the tests fail, since passing would say what was not tried.
+
+mod node;
+
+use std::time::Instant;
+
+use mesh_linux::Report;
+use node::{Damage, Node, count, ip, sh};
+
+fn good(report: &Report) {
+    assert!(report.is_converged(), "{:#?}", report.failures);
+}
+
+/// Runs `test` on a single-threaded runtime inside the node's namespace.
+fn run(name: &str, test: impl AsyncFnOnce(&mut Node) + Send) {
+    let mut net = Node::new(name);
+    net.inside(async |net| test(net).await);
+}
+
+/// Two tasks on one network: they reach each other, the second round finds nothing to do, and the
+/// node's own view is complete.
+#[test]
+fn tasks_of_a_node_reach_each_other() {
+    run("ping", async |net| {
+        let mut engine = net.engine();
+        let (a, b) = (net.task("a"), net.task("b"));
+        engine.set_records(net.records());
+        let started = Instant::now();
+        let la = engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        println!("first attach: {:?}", started.elapsed());
+        let started = Instant::now();
+        engine.attach(&b, &[net.eth0(3)]).await.unwrap();
+        println!("second attach: {:?}", started.elapsed());
+        ip(&format!("netns exec {} ping -c1 -W2 10.0.0.3", net.name("a")));
+        let report = engine.round().await;
+        good(&report);
+        assert!(report.applied.is_empty(), "not level: {:#?}", report.applied);
+        let report = engine.detach(&la).await;
+        good(&report);
+        assert_eq!(count("ip -o link show type veth", "mv"), 1);
+        good(&engine.teardown().await);
+        net.assert_clean();
+    });
+}
+
+/// What is changed by hand is put back in one round, each kind of object once, and counted.
+#[test]
+fn corruption_heals() {
+    run("heal", async |net| {
+        let mut engine = net.engine();
+        let a = net.task("a");
+        engine.set_records(net.records());
+        engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        let ns = net.name("a");
+        for (damage, object) in [
+            ("ip link del mv0000000001".to_owned(), "create link mv0000000001"),
+            ("ip link set mv0000000001 down".to_owned(), "change link mv0000000001"),
+            ("ip link set mv0000000002 mtu 900".to_owned(), "change link mv0000000002"),
+            (format!("ip -n {ns} link set eth0 down"), "change link mv0000000001"),
+            (format!("ip -n {ns} link set eth0 address 02:11:22:33:44:55"), "change link mv00"),
+            (format!("ip -n {ns} addr flush dev eth0"), "create address 10.0.0.1/24"),
+            (format!("ip -n {ns} route del default"), "create default route"),
+            (format!("ip -n {ns} link set lo down"), "create link lo"),
+            ("ip route del 172.30.0.2".to_owned(), "create route to 172.30.0.2"),
+            ("ip neigh del 172.30.0.2 dev mv0000000002".to_owned(), "create neighbour 172.30.0.2"),
+            ("sysctl -qw net.ipv4.ip_forward=0".to_owned(), "change sysctl net/ipv4/ip_forward"),
+            ("ip link del mesh-vxlan".to_owned(), "create link mesh-vxlan"),
+            ("ip link set mesh-vxlan down".to_owned(), "change link mesh-vxlan"),
+            ("nft delete table ip mesh".to_owned(), "create nft table"),
+            ("nft flush chain ip mesh forward".to_owned(), "change nft table"),
+            (format!("rm {}", net.pins.join("v1/links/uplink").display()), "create program"),
+            (format!("rm {}", net.pins.join("v1/links/mv0000000001").display()), "create program"),
+        ] {
+            sh(&damage);
+            let report = engine.round().await;
+            good(&report);
+            let hit = report.applied.iter().any(|done| done.starts_with(object));
+            assert!(hit, "`{damage}`: {:#?}", report.applied);
+            assert!(report.healed > 0, "`{damage}` is not counted as healed");
+            let report = engine.round().await;
+            assert!(report.applied.is_empty(), "`{damage}`: not level: {:#?}", report.applied);
+        }
+        for (map, damage) in [
+            ("ENDPOINTS", Damage::Erase),
+            ("PORTS", Damage::Erase),
+            ("ADDRESSES", Damage::Erase),
+            ("SERVICES", Damage::Erase),
+            ("NODES", Damage::Clobber),
+            ("ENDPOINTS", Damage::Clobber),
+            ("SERVICES", Damage::Clobber),
+            ("ADDRESSES", Damage::Clobber),
+            ("VTEPS", Damage::Add),
+            ("NODES", Damage::Add),
+            ("PORTS", Damage::Add),
+            ("PUBLISHED", Damage::Add),
+            ("MAGLEV", Damage::Clobber),
+            ("CONFIG", Damage::Clobber),
+        ] {
+            let before = net.dump(map);
+            net.damage(map, damage);
+            assert_ne!(net.dump(map), before, "{map} {damage:?} did nothing");
+            let report = engine.round().await;
+            good(&report);
+            assert!(report.healed > 0, "{map} {damage:?}: {:#?}", report.applied);
+            let after = net.dump(map);
+            assert_eq!(after.len(), before.len(), "{map} {damage:?}");
+            let report = engine.round().await;
+            assert!(report.applied.is_empty(), "{map} {damage:?}: {:#?}", report.applied);
+        }
+        ip(&format!("netns exec {ns} ping -c1 -W2 192.0.2.1"));
+    });
+}
+
+/// What others made stays as it is, also where its name looks like ours; and a round does not fail
+/// because of it.
+#[test]
+fn foreign_objects_are_untouched() {
+    run("foreign", async |net| {
+        let a = net.task("a");
+        sh("ip link add mv00000000ff type veth peer name other0");
+        sh("ip link add mv1 type veth peer name other1");
+        sh("ip link add mesh-foo type veth peer name other2");
+        sh("ip route add 198.18.0.0/15 via 192.0.2.9");
+        sh("nft add table ip mesher; nft add chain ip mesher c");
+        sh("tc qdisc add dev up0 clsact");
+        let seen = || {
+            let links =
+                sh("ip -o link show type veth | sed 's/state.*//' | grep -v 'mv000000000[0-9]'");
+            [links, sh("ip route | grep -v 'proto 109'"), sh("nft list table ip mesher")]
+        };
+        let before = seen();
+        let mut engine = net.engine();
+        engine.set_records(net.records());
+        let lease = engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        good(&engine.round().await);
+        assert_eq!(seen(), before);
+        good(&engine.detach(&lease).await);
+        good(&engine.teardown().await);
+        assert_eq!(seen(), before);
+        assert_eq!(count("tc qdisc show dev up0", "clsact"), 1);
+    });
+}
+
+/// A daemon that starts again takes over: maps keep their contents, links stay attached, and not
+/// a packet is lost meanwhile.
+#[test]
+fn a_restart_cuts_nothing() {
+    run("restart", async |net| {
+        let (a, b) = (net.task("a"), net.task("b"));
+        let mut engine = net.engine();
+        engine.set_records(net.records());
+        engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        engine.attach(&b, &[net.eth0(3)]).await.unwrap();
+        good(&engine.round().await);
+        let leases = engine.leases().to_vec();
+        let saved = serde_json::to_string(&leases).unwrap();
+        let (maps, links) = (net.dump("ENDPOINTS"), sh("ip -o link | sort"));
+        let ping = format!("exec ip netns exec {} ping -qf -i 0.002 -w 3 10.0.0.3", net.name("a"));
+        let ping = std::process::Command::new("sh")
+            .args(["-c", &ping])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(engine);
+        let mut engine = net.engine();
+        engine.restore(serde_json::from_str(&saved).unwrap());
+        engine.set_records(net.records());
+        let report = engine.round().await;
+        good(&report);
+        // Only the programs are new, and the nft table that nobody vouches for.
+        let others: Vec<_> = report
+            .applied
+            .iter()
+            .filter(|done| !done.starts_with("change program") && !done.contains("nft"))
+            .collect();
+        assert!(others.is_empty(), "{others:#?}");
+        assert_eq!((net.dump("ENDPOINTS"), sh("ip -o link | sort")), (maps, links));
+        let out = ping.wait_with_output().unwrap();
+        let out = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.contains(" 0% packet loss"), "{out}");
+    });
+}
+
+/// A task's death takes its interfaces; the next round says so, and its entries go.
+#[test]
+fn a_namespace_that_ends_is_reported() {
+    run("gone", async |net| {
+        let (a, b) = (net.task("a"), net.task("b"));
+        let mut engine = net.engine();
+        engine.set_records(net.records());
+        engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        engine.attach(&b, &[net.eth0(3)]).await.unwrap();
+        mesh_linux::netns::remove(&net.name("a")).unwrap();
+        let deadline = Instant::now() + std::time::Duration::from_secs(5);
+        loop {
+            let report = engine.round().await;
+            good(&report);
+            assert_eq!(report.gone.len(), 1);
+            if count("ip -o link", "mv0") == 1 && net.dump("PORTS").len() == 1 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{:#?}", report.applied);
+        }
+        let gone = engine.round().await.gone.remove(0);
+        engine.detach(&gone).await;
+        let report = engine.round().await;
+        assert!(report.gone.is_empty() && report.applied.is_empty(), "{:#?}", report.applied);
+        // A new task in place of the old one, under the same name.
+        let a = net.task("a");
+        engine.attach(&a, &[net.eth0(5)]).await.unwrap();
+        ip(&format!("netns exec {} ping -c1 -W2 10.0.0.3", net.name("a")));
+    });
+}
+
+/// The way of kernels before 6.6: clsact filters, replaced in place on restart.
+#[test]
+fn clsact_does_it_too() {
+    run("clsact", async |net| {
+        net.clsact = true;
+        let (a, b) = (net.task("a"), net.task("b"));
+        let mut engine = net.engine();
+        assert!(!engine.features().tcx);
+        engine.set_records(net.records());
+        engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
+        engine.attach(&b, &[net.eth0(3)]).await.unwrap();
+        let leases = engine.leases().to_vec();
+        drop(engine);
+        let mut engine = net.engine();
+        engine.restore(leases);
+        engine.set_records(net.records());
+        good(&engine.round().await);
+        let report = engine.round().await;
+        assert!(report.applied.is_empty(), "not level: {:#?}", report.applied);
+        assert_eq!(count("tc filter show dev mv0000000001 ingress", "from_task"), 1);
+        sh("tc qdisc del dev mv0000000001 clsact");
+        let report = engine.round().await;
+        assert_eq!(report.healed, 1, "{:#?}", report.applied);
+        ip(&format!("netns exec {} ping -c1 -W2 10.0.0.3", net.name("a")));
+        good(&engine.teardown().await);
+        net.assert_clean();
+    });
+}
+
+/// What makes no sense is refused before anything is made.
+#[test]
+fn bad_attachments_are_refused() {
+    run("bad", async |net| {
+        let (a, b) = (net.task("a"), net.task("b"));
+        let mut engine = net.engine();
+        engine.set_records(net.records());
+        let mut bad = net.eth0(1);
+        bad.ifname = "a/b".to_owned();
+        let error = engine.attach(&a, &[bad]).await.unwrap_err().to_string();
+        assert!(error.contains("`a/b` is not a name"), "{error}");
+        let error = engine.attach(&a, &[net.eth0(1), net.eth0(3)]).await.unwrap_err().to_string();
+        assert!(error.contains("two interfaces"), "{error}");
+        engine.attach(&a, &[net.eth0(1)]).await.unwrap();
+        engine.attach(&a, &[net.eth0(1)]).await.unwrap();
+        let error = engine.attach(&b, &[net.eth0(1)]).await.unwrap_err().to_string();
+        assert!(error.contains("endpoint 1 is plugged into"), "{error}");
+        let error = engine.attach("/proc/none".as_ref(), &[]).await.unwrap_err().to_string();
+        assert!(error.contains("/proc/none"), "{error}");
+        // A name that is taken inside the task: refused by the kernel, and nothing is left of it.
+        sh(&format!("ip -n {} link add eth0 type veth peer name eth1", net.name("b")));
+        let error = engine.attach(&b, &[net.eth0(3)]).await.unwrap_err().to_string();
+        assert!(error.contains("mv0000000003"), "{error}");
+        assert_eq!(engine.leases().len(), 1);
+        assert_eq!(count("ip -o link", "mv0"), 1);
+        assert_eq!(net.dump("PORTS").len(), 1);
+    });
+}
