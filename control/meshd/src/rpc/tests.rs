@@ -182,7 +182,15 @@ async fn raw(
 }
 
 fn all_routes() -> Vec<Route> {
-    let mut all = vec![Route::Join, Route::Session, Route::Report, Route::Exec, Route::AntiEntropy];
+    let mut all = vec![
+        Route::Join,
+        Route::Session,
+        Route::Report,
+        Route::Exec,
+        Route::Stats,
+        Route::Leave,
+        Route::AntiEntropy,
+    ];
     all.extend(RpcKind::ALL.map(Route::Raft));
     all
 }
@@ -223,7 +231,10 @@ async fn a_worker_gets_to_no_managers_call() {
     let worker = client(&cluster.node(2, Role::Worker));
     for route in all_routes() {
         let answer = raw(&worker, server.address(), Expect::Manager, route).await;
-        let open = matches!(route, Route::Session | Route::Report | Route::AntiEntropy);
+        let open = matches!(
+            route,
+            Route::Session | Route::Report | Route::Leave | Route::AntiEntropy
+        );
         assert_eq!(denied(&answer), !open, "{route}: {answer:?}");
     }
     let served = echo.calls.load(Ordering::SeqCst);
