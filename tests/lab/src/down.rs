@@ -18,7 +18,7 @@ use crate::{
 /// # Errors
 /// When something of the lab would not go.
 pub fn down(name: &LabName) -> Result<bool> {
-    if !nix::unistd::geteuid().is_root() {
+    if !host::is_root() {
         bail!("removing a lab needs root. Run it with sudo. Nothing was changed");
     }
     let places = Places::of(name)?;

@@ -149,6 +149,12 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
+/// Whether this process may make labs.
+#[must_use]
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
 /// Waits until `ready` says so.
 ///
 /// # Errors

@@ -308,6 +308,19 @@ impl Lab {
         exec
     }
 
+    /// Runs `work` on a thread inside a machine's network namespace: what it opens, it opens there.
+    ///
+    /// # Errors
+    /// When there is no such machine, or it is down, and those of `work`.
+    pub fn inside<T: Send>(
+        &self,
+        member: &str,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        let netns = machine::open_netns(&self.name, &self.member(member)?.name)?;
+        wire::on_thread_in(&netns, work)
+    }
+
     /// The command line of a node's daemon, to be executed in its machine.
     ///
     /// # Errors

@@ -5,11 +5,11 @@ use std::{fs::File, os::fd::AsRawFd, thread};
 
 use anyhow::{Context, Result, anyhow};
 use futures::TryStreamExt;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     new_connection,
-    packet_route::link::{InfoData, InfoVeth, LinkAttribute},
+    packet_route::link::{InfoData, InfoVeth},
 };
 
 use crate::topology::{
@@ -21,22 +21,32 @@ const SWITCH: &str = "underlay";
 /// A machine's own link.
 pub(crate) const UPLINK: &str = "eth0";
 
-/// Runs netlink work inside a network namespace, on a thread of its own.
-fn inside<T: Send, F: Future<Output = Result<T>>>(
+/// Runs `work` on a thread of its own inside a network namespace.
+pub(crate) fn on_thread_in<T: Send>(
     netns: &File,
-    work: impl FnOnce(Handle) -> F + Send,
+    work: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     thread::scope(|scope| {
         let worker = scope.spawn(|| {
             setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-            runtime.block_on(async {
-                let (connection, handle, _) = new_connection().context("open rtnetlink")?;
-                tokio::spawn(connection);
-                work(handle).await
-            })
+            work()
         });
-        worker.join().map_err(|_| anyhow!("the netlink thread panicked"))?
+        worker.join().map_err(|_| anyhow!("the thread in the network namespace panicked"))?
+    })
+}
+
+/// Runs netlink work inside a network namespace.
+fn inside<T: Send, F: Future<Output = Result<T>>>(
+    netns: &File,
+    work: impl FnOnce(Handle) -> F + Send,
+) -> Result<T> {
+    on_thread_in(netns, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            let (connection, handle, _) = new_connection().context("open rtnetlink")?;
+            tokio::spawn(connection);
+            work(handle).await
+        })
     })
 }
 
@@ -178,36 +188,15 @@ async fn add_address(
     request.execute().await.with_context(|| format!("add address {address}/{prefix}"))
 }
 
-/// Whether the kernel can make every kind of link that a lab and its nodes need; tried in a
-/// namespace that ends with the thread.
-pub(crate) fn probe_links() -> Vec<String> {
-    let probe = || -> Result<Vec<String>> {
-        nix::sched::unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace")?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-        runtime.block_on(async {
-            let (connection, handle, _) = new_connection().context("open rtnetlink")?;
-            tokio::spawn(connection);
-            let mut missing = Vec::new();
-            let vxlan = rtnetlink::LinkVxlan::new("vxlan0", 1).build();
-            let kinds = [
-                ("veth", LinkVeth::new("veth0", "veth1").build()),
-                ("bridge", LinkBridge::new("bridge0").build()),
-                ("vxlan", vxlan),
-            ];
-            for (kind, link) in kinds {
-                debug_assert!(
-                    link.attributes.iter().any(|a| matches!(a, LinkAttribute::IfName(_)))
-                );
-                if let Err(e) = handle.link().add(link).execute().await {
-                    missing.push(format!("links of kind {kind} ({e}); try: modprobe {kind}"));
-                }
-            }
-            Ok(missing)
+/// Tries out whether the kernel can make a switch, in a namespace that ends with the thread.
+pub(crate) fn probe_bridge() -> Result<()> {
+    let probe = || {
+        unshare(CloneFlags::CLONE_NEWNET).context("network namespaces")?;
+        let own = File::open("/proc/thread-self/ns/net").context("open the own namespace")?;
+        inside(&own, async |handle| {
+            let made = handle.link().add(LinkBridge::new(SWITCH).build()).execute().await;
+            made.context("links of kind bridge")
         })
     };
-    match thread::spawn(probe).join() {
-        Ok(Ok(missing)) => missing,
-        Ok(Err(e)) => vec![format!("network namespaces ({e:#})")],
-        Err(_) => vec!["network namespaces (the probe panicked)".to_owned()],
-    }
+    thread::spawn(probe).join().map_err(|_| anyhow!("the probe panicked"))?
 }

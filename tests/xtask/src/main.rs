@@ -56,7 +56,7 @@ enum Command {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    // `cargo xtask` may be called from anywhere in the tree; everything here is relative to its root.
+    // It may be called from anywhere in the tree; every path here is relative to the root.
     std::env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))?;
     match cli.command {
         Command::Demo { keep } => demo::run(keep),

@@ -1,0 +1,108 @@
+//! Both command lines: the same verbs, one API.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::group;
+use crate::cluster::{Cluster, Ran, SOON, eventually, list};
+
+group!("cli": the_stock_client_does_it_all, both_show_the_same, tokens_and_nodes, formats,
+    a_service_without_an_executor_is_refused, unknown_flags_are_refused_by_name, errors_say_what);
+
+fn docker(c: &Cluster, line: &str) -> Result<String> {
+    c.docker("m1", line)?.ok()
+}
+
+fn the_stock_client_does_it_all(c: &Cluster) -> Result<()> {
+    docker(c, "version")?;
+    ensure!(docker(c, "info")?.contains("Swarm: active"), "docker info");
+    docker(c, "network create --driver overlay --subnet 10.81.0.0/24 --label a=b app")?;
+    docker(
+        c,
+        "service create --quiet --name web --replicas 3 --publish 8080:80 --network app \
+         --env A=B --container-label mesh.runtime=process host meshctl whoami --http 80",
+    )?;
+    c.wait_running("web", 3)?;
+    let ls = docker(c, "service ls")?;
+    ensure!(ls.contains("web") && ls.contains("3/3"), "{ls}");
+    let ps = docker(c, "service ps web")?;
+    ensure!(ps.contains("web.1") && ps.contains("Running"), "{ps}");
+    docker(c, "service scale web=2")?;
+    c.wait_running("web", 2)?;
+    let shown: Value = serde_json::from_str(&docker(c, "service inspect web")?)?;
+    ensure!(shown[0]["Spec"]["Mode"]["Replicated"]["Replicas"] == 2, "{shown}");
+    ensure!(shown[0]["Endpoint"]["Ports"][0]["PublishedPort"] == 8080, "{shown}");
+    ensure!(!list(&shown[0]["Endpoint"]["VirtualIPs"]).is_empty(), "{shown}");
+    eventually("an answer", SOON, || c.fetch("client", "http://192.0.2.11:8080/"))?;
+    docker(c, "service rm web")?;
+    eventually("the network to go", SOON, || docker(c, "network rm app"))?;
+    ensure!(!docker(c, "network ls")?.contains("app"));
+    Ok(())
+}
+
+fn both_show_the_same(c: &Cluster) -> Result<()> {
+    c.web("--replicas 2 --publish 8080:80")?;
+    for object in ["service inspect web", "network inspect app", "node inspect w1"] {
+        let json = |ran: Ran| -> Result<Value> { Ok(serde_json::from_str(&ran.ok()?)?) };
+        let ours = json(c.meshctl("m1", object)?).with_context(|| object.to_owned())?;
+        let stock = json(c.docker("m1", object)?).with_context(|| object.to_owned())?;
+        for id in ["ID", "Id"] {
+            ensure!(ours[0].get(id) == stock[0].get(id), "{object}: {ours} {stock}");
+        }
+    }
+    Ok(())
+}
+
+fn tokens_and_nodes(c: &Cluster) -> Result<()> {
+    for role in ["worker", "manager"] {
+        let line = format!("swarm join-token -q {role}");
+        let (ours, stock) = (c.meshctl("m1", &line)?.ok()?, docker(c, &line)?);
+        ensure!(ours == stock && ours.starts_with("SWMTKN-1-"), "{ours} {stock}");
+    }
+    for listed in [c.meshctl("m2", "node ls")?.ok()?, c.docker("m2", "node ls")?.ok()?] {
+        for word in ["m1", "m3", "w2", "Ready", "Active", "Leader", "Reachable"] {
+            ensure!(listed.contains(word), "node ls lacks {word}:\n{listed}");
+        }
+    }
+    c.meshctl("m1", "node stats w1")?.ok()?;
+    Ok(())
+}
+
+fn formats(c: &Cluster) -> Result<()> {
+    c.web("--replicas 1")?;
+    for line in ["node ls", "network ls", "service ls", "service ps web"] {
+        let text = c.meshctl("m1", &format!("{line} --format json"))?.ok()?;
+        let json: Value = serde_json::from_str(&text).with_context(|| format!("{line}: {text}"))?;
+        ensure!(!list(&json).is_empty(), "{line}: {json}");
+        let table = c.meshctl("m1", line)?.ok()?;
+        let head = table.lines().next().unwrap_or_default();
+        ensure!(head == head.to_uppercase() && table.lines().count() > 1, "{line}:\n{table}");
+    }
+    Ok(())
+}
+
+fn a_service_without_an_executor_is_refused(c: &Cluster) -> Result<()> {
+    let create = "service create --name image nginx";
+    c.docker("m1", create)?.refused(&["mesh.runtime=process"])?;
+    c.meshctl("m1", create)?.refused(&["process"])
+}
+
+fn unknown_flags_are_refused_by_name(c: &Cluster) -> Result<()> {
+    let create = |flag: &str| format!("service create --name x {flag} --runtime process -- true");
+    for flag in ["--secret key", "--config file", "--mount type=bind,src=/a,dst=/b"] {
+        let name = flag.split(' ').next().unwrap_or_default();
+        c.meshctl("m1", &create(flag))?.refused(&[name])?;
+    }
+    let stock = "service create --name x --container-label mesh.runtime=process \
+                 --mount type=tmpfs,dst=/b host true";
+    c.docker("m1", stock)?.refused(&["mount"])?;
+    c.meshctl("m1", "service inspect x")?.refused(&["x"])
+}
+
+fn errors_say_what(c: &Cluster) -> Result<()> {
+    for line in ["service rm nope", "service ps nope", "network rm nope", "node inspect nope"] {
+        c.meshctl("m1", line)?.refused(&["nope"])?;
+        c.docker("m1", line)?.refused(&["nope"])?;
+    }
+    c.meshctl("w1", "service create --name x --runtime process -- true")?.refused(&["manager"])
+}

@@ -1,0 +1,252 @@
+//! The lab itself: what its commands do, and that it leaves nothing. In a lab without a cluster.
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use mesh_lab::{LabName, NodeState};
+use serde_json::Value;
+
+use super::group;
+use crate::cluster::{Cluster, SOON, eventually, field, list, run};
+
+group!("lab": ps_as_the_contract_says, exec_is_the_command, env_points_at_the_node, links_are_cut,
+    daemons_and_machines_end_and_return, the_world_outside, a_taken_name_is_refused,
+    without_root_nothing_changes, nothing_is_left, killed_half_way, later_commands_are_refused);
+
+fn lab_command(c: &Cluster, line: &str) -> Result<crate::cluster::Ran> {
+    c.meshctl("m1", &format!("lab --name {} {line}", c.lab.name()))
+}
+
+fn ps_as_the_contract_says(c: &Cluster) -> Result<()> {
+    let rows = lab_command(c, "ps --format json")?.ok()?;
+    let rows: Value = serde_json::from_str(&rows).context("ps prints JSON")?;
+    let name = c.lab.name();
+    let m1 = &list(&rows)[0];
+    for (key, value) in [
+        ("name", "m1".to_owned()),
+        ("role", "manager".to_owned()),
+        ("address", "192.0.2.11".to_owned()),
+        ("address6", "2001:db8:1::11".to_owned()),
+        ("netns", format!("{name}-m1")),
+        ("state", "running".to_owned()),
+    ] {
+        ensure!(field(m1, key)? == value, "{key} of {m1} is not {value}");
+    }
+    let pid = m1["pid"].as_u64().context("m1 has a pid")?;
+    let command = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
+    ensure!(command.contains("meshd"), "pid {pid} is {command:?}");
+    let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    ensure!(cgroup.contains(&format!("/mesh/{name}/m1")), "pid {pid} is in {cgroup}");
+    for key in ["socket", "state_dir"] {
+        ensure!(Path::new(&field(m1, key)?).exists(), "{key} of {m1} does not exist");
+    }
+    for outside in ["client", "router"] {
+        let row = list(&rows).iter().find(|row| row["name"] == outside).context("missing")?;
+        for key in ["pid", "socket", "state_dir"] {
+            ensure!(row.get(key).is_some_and(Value::is_null), "{key} of {row}");
+        }
+    }
+    Ok(())
+}
+
+fn exec_is_the_command(c: &Cluster) -> Result<()> {
+    let socket = c.lab.places().socket("m1");
+    let said = c.on("m1", &["sh", "-c", "hostname; echo $MESH_HOST $DOCKER_HOST"])?.ok()?;
+    let host = format!("unix://{}", socket.display());
+    ensure!(said == format!("m1\n{host} {host}"), "{said:?}");
+    let said = c.on("client", &["sh", "-c", "hostname; echo [$MESH_HOST$DOCKER_HOST]"])?.ok()?;
+    ensure!(said == "client\n[]", "{said:?}");
+    let echo = run(c.lab.exec("router", &["cat"]), b"through stdin")?.ok()?;
+    ensure!(echo == "through stdin", "{echo:?}");
+    ensure!(c.on("m1", &["sh", "-c", "exit 42"])?.status == 42);
+    ensure!(c.on("m1", &["no-such-command"])?.status == 127);
+    ensure!(c.on("m1", &["sh", "-c", "kill -TERM $$"])?.status == 128 + 15);
+    c.on("m9", &["true"])?.refused(&["m9", "m1"])?;
+    // A signal to exec is one to the command.
+    let mut sleeper = c.lab.exec("m1", &["sleep", "600"]).stdin(Stdio::null()).spawn()?;
+    eventually("exec to have become the command", SOON, || {
+        let name = fs::read_to_string(format!("/proc/{}/comm", sleeper.id()))?;
+        ensure!(name.trim() == "sleep", "it is {name:?}");
+        Ok(())
+    })?;
+    run(shell(&format!("kill -TERM {}", sleeper.id())), b"")?.ok()?;
+    let status = sleeper.wait()?;
+    ensure!(std::os::unix::process::ExitStatusExt::signal(&status) == Some(15), "{status}");
+    Ok(())
+}
+
+fn shell(script: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]);
+    command
+}
+
+fn env_points_at_the_node(c: &Cluster) -> Result<()> {
+    let socket = c.lab.places().socket("w1");
+    let said = lab_command(c, "env w1")?.ok()?;
+    let line = |name: &str| format!("export {name}=unix://{}", socket.display());
+    ensure!(said == format!("{}\n{}", line("MESH_HOST"), line("DOCKER_HOST")), "{said:?}");
+    lab_command(c, "env client")?.refused(&["client"])
+}
+
+fn links_are_cut(c: &Cluster) -> Result<()> {
+    let ping = || c.on("m1", &["ping", "-c1", "-W1", "192.0.2.21"]);
+    ping()?.ok()?;
+    lab_command(c, "link w1 down")?.ok()?;
+    ensure!(ping()?.status != 0, "w1 answers with its link down");
+    lab_command(c, "link w1 up")?.ok()?;
+    eventually("w1 to answer again", SOON, || ping()?.ok())?;
+    c.on("m1", &["ping", "-6", "-c1", "-W2", "2001:db8:1::21"])?.ok().map(drop)
+}
+
+fn state_of(c: &Cluster, node: &str) -> Option<NodeState> {
+    c.lab.ps().into_iter().find(|row| row.name == node).map(|row| row.state)
+}
+
+fn daemons_and_machines_end_and_return(c: &Cluster) -> Result<()> {
+    for (action, state) in [
+        ("stop", NodeState::Stopped),
+        ("start", NodeState::Running),
+        ("kill", NodeState::Stopped),
+        ("restart", NodeState::Running),
+        ("crash", NodeState::Crashed),
+        ("crash", NodeState::Crashed),
+        ("start", NodeState::Running),
+        ("start", NodeState::Running),
+    ] {
+        lab_command(c, &format!("node w1 {action}"))?.ok()?;
+        ensure!(state_of(c, "w1") == Some(state), "after {action}: {:?}", state_of(c, "w1"));
+        if state == NodeState::Crashed {
+            ensure!(c.lab.places().state_dir("w1").exists(), "a crash took the state directory");
+            ensure!(!c.lab.places().cgroup_of("w1").exists(), "a crash left the cgroup");
+        }
+    }
+    c.on("m1", &["ping", "-c1", "-W2", "192.0.2.21"])?.ok()?;
+    lab_command(c, "node client stop")?.refused(&["client"])
+}
+
+fn the_world_outside(c: &Cluster) -> Result<()> {
+    let dig = |words: &[&str]| c.on("m1", &[&["dig", "+short"], words].concat())?.ok();
+    ensure!(dig(&["www.example.test"])? == "198.51.100.7");
+    ensure!(dig(&["-t", "AAAA", "www.example.test"])? == "2001:db8:2::7");
+    ensure!(dig(&["many.example.test"])?.lines().count() == 40, "a truncated answer goes by TCP");
+    let seen = c.fetch("w1", "http://www.example.test/")?;
+    ensure!(field(&seen, "client")?.starts_with("192.0.2.21:"), "{seen}");
+    let seen = c.fetch("w1", "http://[2001:db8:2::7]/")?;
+    ensure!(field(&seen, "client")?.starts_with("[2001:db8:1::21]:"), "{seen}");
+    Ok(())
+}
+
+fn a_taken_name_is_refused(c: &Cluster) -> Result<()> {
+    lab_command(c, "up --no-cluster")?.refused(&["exists already", "down"])?;
+    c.meshctl("m1", "lab --name No! up")?.refused(&["name"])?;
+    c.meshctl("m1", "lab --name test-none ps")?.refused(&["test-none", "up"])?;
+    c.meshctl("m1", "lab --name test-none up --managers 0")?.refused(&["managers"])
+}
+
+fn without_root_nothing_changes(c: &Cluster) -> Result<()> {
+    // The build directory may not be open to everyone; the binary may be copied.
+    let copy = Path::new("/tmp/mesh-test-meshctl");
+    fs::copy(c.lab.meshctl(), copy).context("copy meshctl")?;
+    let mut up = Command::new(copy);
+    up.args(["lab", "up", "--name", "test-nobody"]).uid(65534).gid(65534);
+    let ran = run(up, b"");
+    fs::remove_file(copy).context("remove the copy")?;
+    ran?.refused(&["root", "nothing was changed"])?;
+    ensure!(!Path::new("/run/mesh-lab/test-nobody").exists());
+    ensure!(!Path::new("/var/lib/mesh-lab/test-nobody").exists());
+    Ok(())
+}
+
+/// All that a lab of this name could have left on the host.
+fn traces(name: &str) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for root in [
+        "/run/mesh-lab",
+        "/var/lib/mesh-lab",
+        "/sys/fs/cgroup/mesh",
+        "/sys/fs/cgroup/unified/mesh",
+        "/sys/fs/bpf/mesh",
+    ] {
+        let path = Path::new(root).join(name);
+        if path.exists() {
+            found.push(path.display().to_string());
+        }
+    }
+    for (what, command) in [
+        ("namespace", "ip netns"),
+        ("link", "ip -o link"),
+        ("mount", "cat /proc/self/mounts"),
+        ("process", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"),
+        ("nft", "nft list tables"),
+    ] {
+        let listed = run(shell(command), b"")?.stdout;
+        if listed.contains(name) {
+            found.push(format!("{what} ({command})"));
+        }
+    }
+    Ok(found)
+}
+
+fn nothing_is_left(c: &Cluster) -> Result<()> {
+    let name = "test-leaves";
+    let links = run(shell("ip -br link | cut -d' ' -f1"), b"")?.ok()?;
+    let lab = |line: &str| c.meshctl("m1", &format!("lab --name {name} {line}"));
+    lab("up --managers 1 --workers 1")?.ok()?;
+    ensure!(!traces(name)?.is_empty(), "the search finds nothing even of a lab that is up");
+    // A command that outlives its session goes too.
+    let mut stray = Command::new(c.lab.meshctl());
+    stray.args(["lab", "--name", name, "exec", "w1", "--", "sh", "-c"]);
+    stray.arg(format!("setsid sh -c ': {name}; sleep 86399' >/dev/null 2>&1 &"));
+    run(stray, b"")?.ok()?;
+    lab("down")?.ok()?;
+    let left = traces(name)?;
+    ensure!(left.is_empty(), "left over: {left:?}");
+    let links_now = run(shell("ip -br link | cut -d' ' -f1"), b"")?.ok()?;
+    ensure!(links == links_now, "links before {links:?}, now {links_now:?}");
+    // Safe to repeat.
+    lab("down")?.ok().map(drop)
+}
+
+/// `up` is killed at moments that go through all of it.
+fn killed_half_way(c: &Cluster) -> Result<()> {
+    let name: LabName = "test-killed".parse()?;
+    for milliseconds in [3, 8, 15, 25, 40, 70, 150, 400] {
+        let mut up = Command::new(c.lab.meshctl());
+        up.args(["lab", "up", "--managers", "1", "--workers", "1", "--name", name.as_str()]);
+        let mut up = up.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        // The moment is the point here, not a condition to wait for.
+        thread::sleep(Duration::from_millis(milliseconds));
+        up.kill()?;
+        up.wait()?;
+        mesh_lab::down(&name)?;
+        // A machine's init that had not joined its cgroup yet ends by itself.
+        eventually("nothing to be left", SOON, || {
+            let left = traces(name.as_str())?;
+            ensure!(left.is_empty(), "killed after {milliseconds} ms it left {left:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn later_commands_are_refused(c: &Cluster) -> Result<()> {
+    for command in [
+        "partition m1 w1 --one-way",
+        "heal",
+        "capture m1 -w x",
+        "add-node",
+        "rm-node w1",
+        "link w1 impair --loss 5%",
+    ] {
+        lab_command(c, command)?.refused(&["due with a later version"])?;
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! The cases, by what they are about. Each leaves services and networks to be cleared away.
+
+pub mod cli;
+pub mod cluster;
+pub mod dns;
+pub mod gateway;
+pub mod join;
+pub mod lab;
+pub mod mesh;
+pub mod network;
+pub mod security;
+pub mod service;
+pub mod vip;
+
+/// A group of a module's functions: the name of a case is its function's.
+macro_rules! group {
+    ($name:literal: $($case:ident),* $(,)?) => {
+        /// The cases of this module.
+        pub const GROUP: crate::runner::Group = crate::runner::Group {
+            name: $name,
+            cases: &[$(crate::runner::Case { name: stringify!($case), run: $case }),*],
+        };
+    };
+}
+pub(crate) use group;

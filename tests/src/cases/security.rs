@@ -1,0 +1,163 @@
+//! Packets that must not arrive, and the counters that say so.
+
+use std::net::{Ipv4Addr, UdpSocket};
+
+use anyhow::{Context, Result, ensure};
+
+use super::group;
+use crate::cluster::{Cluster, SOON, Task, eventually};
+
+group!("security": a_strangers_tunnel, another_nodes_tunnel, a_false_source_address, a_false_mac,
+    a_tunnel_without_sense, no_path_around_the_overlay);
+
+/// Copies sent of each bad packet.
+const COPIES: u64 = 20;
+const VXLAN_PORT: u16 = 4789;
+
+/// Two tasks on different nodes of network `app`, neither on `m1`, with packets passing.
+fn pair(c: &Cluster) -> Result<(Task, Task)> {
+    c.network("app")?;
+    c.service("--name each --mode global --network app", crate::cluster::WHOAMI)?;
+    let tasks = c.wait_running("each", 5)?;
+    let on = |node: &str| tasks.iter().find(|t| t.node == node).cloned().context("no task there");
+    let (from, to) = (on("m2")?, on("w1")?);
+    let address = address(&to)?;
+    eventually("the pair to be connected", SOON, || {
+        c.in_task(&from.id, &["ping", "-c1", "-W1", &address])?.ok()
+    })?;
+    Ok((from, to))
+}
+
+fn address(task: &Task) -> Result<String> {
+    task.addresses.get("app").cloned().context("a task without an address")
+}
+
+/// The VXLAN payload of a genuine packet between the pair, as the switch sees it.
+fn genuine(c: &Cluster, from: &Task, to: &Task) -> Result<Vec<u8>> {
+    const PCAP_HEADERS: usize = 24 + 16;
+    const OUTER_HEADERS: usize = 14 + 20 + 8;
+    let filter =
+        format!("tcpdump -i {} -c 1 -U -w - udp dst port {VXLAN_PORT} 2>/dev/null", to.node);
+    let mut capture = c.lab.exec("router", &["timeout", "10", "sh", "-c", &filter]);
+    let capture = capture.stdout(std::process::Stdio::piped()).spawn().context("start tcpdump")?;
+    let address = address(to)?;
+    // tcpdump says nothing that could be waited for; so packets flow until it has one.
+    let output = std::thread::scope(|scope| {
+        let done = scope.spawn(move || capture.wait_with_output());
+        while !done.is_finished() {
+            let _ = c.in_task(&from.id, &["ping", "-c1", "-W1", &address]);
+        }
+        done.join().map_err(|_| anyhow::anyhow!("the capture panicked"))
+    })??;
+    let payload = output.stdout.get(PCAP_HEADERS + OUTER_HEADERS..).context("nothing captured")?;
+    ensure!(payload.len() > 8 + 14, "captured only {} bytes", payload.len());
+    Ok(payload.to_vec())
+}
+
+/// Sends a VXLAN payload to a node, from another machine of the lab.
+fn inject(c: &Cluster, from: &str, to: Ipv4Addr, payload: &[u8]) -> Result<()> {
+    c.lab.inside(from, || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        for _ in 0..COPIES {
+            socket.send_to(payload, (to, VXLAN_PORT))?;
+        }
+        Ok(())
+    })
+}
+
+/// Runs `attack` and checks that a counter of `node` grew by the packets sent, and that the task
+/// got none of them.
+fn dropped_as(
+    c: &Cluster,
+    node: &str,
+    counter: &str,
+    victim: &Task,
+    attack: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let received = || -> Result<u64> {
+        let text = c.task_sh(&victim.id, "cat /sys/class/net/eth0/statistics/rx_packets")?;
+        text.parse().with_context(|| format!("{text:?} is no number"))
+    };
+    let before = (c.counter(node, counter)?, received()?);
+    attack()?;
+    eventually(&format!("{counter} of {node} to grow by {COPIES}"), SOON, || {
+        let grown = c.counter(node, counter)? - before.0;
+        ensure!(grown >= COPIES, "it grew by {grown}");
+        Ok(())
+    })?;
+    let got = received()? - before.1;
+    ensure!(got < COPIES, "the task received {got} packets during the attack");
+    Ok(())
+}
+
+/// The client is no node of the cluster: even a copy of a good packet is refused from there.
+fn a_strangers_tunnel(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let payload = genuine(c, &from, &to)?;
+    let node = c.lab.node(&to.node)?.address;
+    dropped_as(c, &to.node, "tunnel_source", &to, || inject(c, "client", node, &payload))
+}
+
+/// A node may only send for its own endpoints.
+fn another_nodes_tunnel(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let payload = genuine(c, &from, &to)?;
+    let node = c.lab.node(&to.node)?.address;
+    ensure!(from.node != "m3" && to.node != "m3");
+    dropped_as(c, &to.node, "tunnel_owner", &to, || inject(c, "m3", node, &payload))
+}
+
+fn a_false_source_address(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let target = address(&to)?;
+    // Another task's address, and one that nobody has.
+    let script = format!(
+        "ip addr add 172.31.99.99/32 dev eth0; ping -c {COPIES} -i 0.02 -W 1 -I 172.31.99.99 {target}"
+    );
+    dropped_as(c, &from.node, "source_address", &to, || {
+        let ran = c.in_task(&from.id, &["sh", "-c", &script])?;
+        ensure!(ran.status != 0, "pings from a false address are answered");
+        Ok(())
+    })
+}
+
+fn a_false_mac(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let target = address(&to)?;
+    let script = format!(
+        "ip link set eth0 address 02:00:00:00:00:01; ping -c {COPIES} -i 0.02 -W 1 {target}"
+    );
+    dropped_as(c, &from.node, "source_mac", &to, || {
+        let ran = c.in_task(&from.id, &["sh", "-c", &script])?;
+        ensure!(ran.status != 0, "pings with a false MAC are answered");
+        Ok(())
+    })
+}
+
+fn a_tunnel_without_sense(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let node = c.lab.node(&to.node)?.address;
+    let good = genuine(c, &from, &to)?;
+    let sender = from.node.clone();
+    // From the right node, but in pieces: none may crash or pass.
+    for length in [0, 1, 7, 8, 21, 22, 30, 41] {
+        inject(c, &sender, node, good.get(..length).unwrap_or_default())?;
+    }
+    let mut foreign_vni = good;
+    foreign_vni[4..7].copy_from_slice(&[0xff, 0xff, 0xfe]);
+    dropped_as(c, &to.node, "tunnel_vni", &to, || inject(c, &sender, node, &foreign_vni))
+}
+
+/// A host outside that routes the overlay's subnet through a node gets nowhere.
+fn no_path_around_the_overlay(c: &Cluster) -> Result<()> {
+    let (_, to) = pair(c)?;
+    let target = address(&to)?;
+    let route = |verb: &str| {
+        c.on("router", &["ip", "route", verb, &format!("{target}/32"), "via", "192.0.2.21"])?.ok()
+    };
+    route("add")?;
+    let ran = c.on("client", &["ping", "-c2", "-W1", &target]);
+    route("del")?;
+    ensure!(ran?.status != 0, "the client reaches {target} on the overlay");
+    Ok(())
+}

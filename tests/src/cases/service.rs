@@ -1,0 +1,188 @@
+//! Services: their tasks' life, and why one does not run.
+
+use std::{collections::BTreeSet, thread, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+
+use super::group;
+use crate::cluster::{Cluster, SOON, Task, eventually};
+
+group!("service": replicas_are_spread, global_is_one_per_node, the_environment_of_a_task,
+    a_missing_command_fails_paced, restart_conditions, a_killed_task_is_replaced,
+    a_crashed_nodes_tasks_move, duplicate_names_are_refused, bad_options_are_refused_by_name,
+    stopping_is_asked_first, exec_is_the_command);
+
+fn replicas_are_spread(c: &Cluster) -> Result<()> {
+    c.service("--name spread --replicas 5", "sleep infinity")?;
+    let nodes: BTreeSet<_> = c.wait_running("spread", 5)?.into_iter().map(|t| t.node).collect();
+    ensure!(nodes.len() == 5, "five tasks on {nodes:?}");
+    let ps = c.meshctl("m2", "service ps spread")?.ok()?;
+    for word in ["spread.1", "spread.5", "w2", "Running"] {
+        ensure!(ps.contains(word), "service ps lacks {word}:\n{ps}");
+    }
+    Ok(())
+}
+
+fn global_is_one_per_node(c: &Cluster) -> Result<()> {
+    c.service("--name all --mode global", "sleep infinity")?;
+    let nodes: BTreeSet<_> = c.wait_running("all", 5)?.into_iter().map(|t| t.node).collect();
+    ensure!(nodes.len() == 5, "{nodes:?}");
+    c.meshctl("m1", "service scale all=2")?.refused(&["global"])
+}
+
+fn the_environment_of_a_task(c: &Cluster) -> Result<()> {
+    c.service("--name env --replicas 1 --env COLOR=blue --hostname box", "sleep infinity")?;
+    let task = c.wait_running("env", 1)?.pop().context("no task")?;
+    let env = c.task_sh("env.1", "env; hostname")?;
+    for line in ["COLOR=blue", "MESH_SERVICE=env", &format!("MESH_NODE={}", task.node), "box"] {
+        ensure!(env.lines().any(|l| l == line), "no {line} in:\n{env}");
+    }
+    ensure!(env.contains("MESH_TASK=env.1."), "{env}");
+    // Its own processes alone, as number 1; links of its own.
+    ensure!(c.task_sh("env.1", "cat /proc/1/cmdline | tr '\\0' ' '")?.contains("sleep"));
+    ensure!(c.task_sh("env.1", "which meshctl")?.ends_with("meshctl"));
+    Ok(())
+}
+
+/// The bad input of the issue: a reason to read, restarts at their pace, no busy loop.
+fn a_missing_command_fails_paced(c: &Cluster) -> Result<()> {
+    let create = "service create --detach --name broken --replicas 1 --restart-delay 2s \
+                  --runtime process -- no-such-command --at-all";
+    c.meshctl("m1", create)?.ok()?;
+    let failed = eventually("a failed task", SOON, || {
+        let tasks = c.tasks("broken")?;
+        tasks
+            .into_iter()
+            .find(|t| matches!(t.state.as_str(), "failed" | "rejected"))
+            .context("none")
+    })?;
+    ensure!(failed.error.contains("no-such-command"), "the reason is {:?}", failed.error);
+    let before = c.tasks("broken")?.len();
+    // How often it is tried in a given time is the point here.
+    thread::sleep(Duration::from_secs(6));
+    let tried = c.tasks("broken")?.len().saturating_sub(before);
+    ensure!((1..=4).contains(&tried), "{tried} restarts in 6 s with a delay of 2 s");
+    let ps = c.meshctl("m1", "service ps --no-trunc broken")?.ok()?;
+    ensure!(ps.contains("no-such-command"), "service ps gives no reason:\n{ps}");
+    Ok(())
+}
+
+fn restart_conditions(c: &Cluster) -> Result<()> {
+    let create = |name: &str, options: &str, script: &str| {
+        let line = format!(
+            "service create --detach --name {name} --restart-delay 100ms {options} \
+             --runtime process -- {script}"
+        );
+        c.meshctl("m1", &line)?.ok()
+    };
+    create("never", "--restart-condition none", "false")?;
+    create("unless-well", "--restart-condition on-failure", "true")?;
+    create("thrice", "--restart-condition any --restart-max-attempts 2", "false")?;
+    create("always", "--restart-condition any", "true")?;
+    eventually("five tries of `always`", SOON, || {
+        let tasks = c.tasks("always")?;
+        ensure!(tasks.len() >= 5, "{} tries", tasks.len());
+        Ok(())
+    })?;
+    let ended = |tasks: &[Task], state: &str| tasks.iter().filter(|t| t.state == state).count();
+    let never = c.tasks("never")?;
+    ensure!(never.len() == 1 && ended(&never, "failed") == 1, "never: {never:?}");
+    let well = c.tasks("unless-well")?;
+    ensure!(well.len() == 1 && ended(&well, "complete") == 1, "unless-well: {well:?}");
+    eventually("three tries of `thrice`", SOON, || {
+        let tasks = c.tasks("thrice")?;
+        ensure!(ended(&tasks, "failed") == 3, "{tasks:?}");
+        Ok(())
+    })?;
+    ensure!(c.tasks("thrice")?.len() == 3, "thrice: {:?}", c.tasks("thrice")?);
+    Ok(())
+}
+
+fn a_killed_task_is_replaced(c: &Cluster) -> Result<()> {
+    c.service("--name web --replicas 2 --restart-delay 100ms", crate::cluster::WHOAMI)?;
+    let before = c.wait_running("web", 2)?;
+    // Signals to the first process of a PID namespace count only from outside it, so from its node.
+    let id = &before[0].id;
+    let inspect = c.api("GET", &format!("/tasks/{id}"))?;
+    let pid = inspect["Status"]["ContainerStatus"]["PID"].as_u64().context("no pid")?;
+    c.on(&before[0].node, &["kill", "-KILL", &pid.to_string()])?.ok()?;
+    eventually("another task in its place", SOON, || {
+        let now = c.running("web")?;
+        ensure!(now.len() == 2 && now.iter().all(|t| t.id != *id), "{now:?}");
+        Ok(())
+    })?;
+    let dead = c.tasks("web")?.into_iter().find(|t| t.id == *id).context("no history")?;
+    ensure!(dead.state == "failed" && !dead.error.is_empty(), "{dead:?}");
+    Ok(())
+}
+
+fn a_crashed_nodes_tasks_move(c: &Cluster) -> Result<()> {
+    c.service("--name web --replicas 5 --publish 8080:80", crate::cluster::WHOAMI)?;
+    c.wait_running("web", 5)?;
+    c.lab.crash("w2")?;
+    let moved = eventually("five tasks without w2", Duration::from_secs(60), || {
+        let running = c.running("web")?;
+        ensure!(running.len() == 5 && running.iter().all(|t| t.node != "w2"), "{running:?}");
+        Ok(())
+    });
+    c.lab.start("w2")?;
+    moved?;
+    eventually("w2 to answer for the service again", SOON, || {
+        c.fetch("client", "http://192.0.2.22:8080/")
+    })?;
+    Ok(())
+}
+
+fn duplicate_names_are_refused(c: &Cluster) -> Result<()> {
+    c.service("--name twin --replicas 1", "sleep infinity")?;
+    let again = "service create --name twin --runtime process -- sleep 60";
+    c.meshctl("m3", again)?.refused(&["twin"])
+}
+
+fn bad_options_are_refused_by_name(c: &Cluster) -> Result<()> {
+    for (option, word) in [
+        ("--replicas -1", "replicas"),
+        ("--mode sideways", "mode"),
+        ("--network nowhere", "nowhere"),
+        ("--publish 99999:80", "99999"),
+        ("--env =x", "env"),
+        ("--restart-condition sometimes", "restart-condition"),
+    ] {
+        let line = format!("service create --name bad {option} --runtime process -- sleep 60");
+        c.meshctl("m1", &line)?.refused(&[word])?;
+    }
+    c.meshctl("m1", "service create --name no/slash --runtime process -- sleep 60")?
+        .refused(&["name"])?;
+    c.meshctl("m1", "service inspect bad")?.refused(&["bad"])
+}
+
+/// The stop signal comes first, the kill only after the grace period.
+fn stopping_is_asked_first(c: &Cluster) -> Result<()> {
+    let heard = std::path::Path::new("/tmp/mesh-test-heard");
+    let _ = std::fs::remove_file(heard);
+    let script =
+        format!("trap 'echo bye > {}; exit 0' USR1; while :; do sleep 0.1; done", heard.display());
+    let options = ["--name", "polite", "--stop-signal", "SIGUSR1", "--stop-grace-period", "10s"];
+    c.service_args(&options, &["bash", "-c", &script])?;
+    c.wait_running("polite", 1)?;
+    c.meshctl("m1", "service rm polite")?.ok()?;
+    eventually("the signal to be heard", SOON, || {
+        std::fs::read_to_string(heard).context("the task did not hear it")
+    })?;
+    std::fs::remove_file(heard).context("remove the note")
+}
+
+fn exec_is_the_command(c: &Cluster) -> Result<()> {
+    c.service("--name box --replicas 3", "sleep infinity")?;
+    for task in c.wait_running("box", 3)? {
+        // By name and by id, from whichever manager.
+        for (manager, name) in [("m1", &task.name), ("m3", &task.id)] {
+            let said = c.meshctl(manager, &format!("task exec {name} -- sh -c env"))?.ok()?;
+            ensure!(said.contains(&format!("MESH_NODE={}", task.node)), "{said}");
+        }
+    }
+    ensure!(c.in_task("box.1", &["sh", "-c", "exit 7"])?.status == 7);
+    c.in_task("box.9", &["true"])?.refused(&["box.9"])?;
+    ensure!(c.in_task("box.1", &["no-such-command"])?.status != 0);
+    Ok(())
+}

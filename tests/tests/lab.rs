@@ -1,0 +1,58 @@
+//! Labs and what must hold in them. `cargo test -p mesh-tests --test lab -- NAME` runs the cases
+//! whose name contains NAME; `MESH_TESTS_KEEP=1` leaves the lab up.
+
+use std::process::ExitCode;
+
+use mesh_lab::Topology;
+use mesh_tests::{
+    cases,
+    runner::{Group, Plan, run},
+};
+
+/// What depends on how packets travel.
+const DATA_PLANE: &[Group] = &[
+    cases::network::GROUP,
+    cases::vip::GROUP,
+    cases::mesh::GROUP,
+    cases::dns::GROUP,
+    cases::security::GROUP,
+    cases::gateway::GROUP,
+];
+
+const FIVE: Topology = Topology { managers: 3, workers: 2, mtu: 1500 };
+
+fn main() -> ExitCode {
+    run(&[
+        Plan {
+            name: "hand",
+            topology: Topology { managers: 1, workers: 1, mtu: 1500 },
+            cluster: false,
+            meshd_args: &[],
+            groups: &[cases::lab::GROUP, cases::join::GROUP],
+        },
+        Plan {
+            name: "direct",
+            topology: FIVE,
+            cluster: true,
+            meshd_args: &[],
+            groups: &[
+                cases::cluster::GROUP,
+                cases::service::GROUP,
+                cases::cli::GROUP,
+                cases::network::GROUP,
+                cases::vip::GROUP,
+                cases::mesh::GROUP,
+                cases::dns::GROUP,
+                cases::security::GROUP,
+                cases::gateway::GROUP,
+            ],
+        },
+        Plan {
+            name: "fallback",
+            topology: FIVE,
+            cluster: true,
+            meshd_args: &["--vxlan-via-device"],
+            groups: DATA_PLANE,
+        },
+    ])
+}
