@@ -106,8 +106,8 @@ pub struct Task {
     pub addresses: BTreeMap<String, String>,
 }
 
-/// Builds the binaries under test, so that none of an earlier build is tested, and gives the path of
-/// `meshctl`. `MESH_BIN_DIR` names a directory of finished ones instead.
+/// Builds the binaries under test, so that none of an earlier build is tested, and gives the path
+/// of `meshctl`. `MESH_BIN_DIR` names a directory of finished ones instead.
 ///
 /// # Errors
 /// When they do not build.
