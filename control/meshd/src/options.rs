@@ -50,7 +50,7 @@ pub struct Options {
     )]
     pub conntrack_entries: u32,
     /// Log filter: error, warn, info, debug, trace, or per module (`meshd=debug`).
-    #[arg(long, env = "MESH_LOG", default_value = "info", value_name = "FILTER")]
+    #[arg(long, env = "MESH_LOG", default_value = "info,openraft=warn", value_name = "FILTER")]
     pub log: String,
 }
 

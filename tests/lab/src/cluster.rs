@@ -62,9 +62,10 @@ fn join_one(places: &Places, first: &Member, node: &Member, tokens: &Value) -> R
 /// Waits until `first` lists every one of `nodes` as ready, managers as reachable.
 pub(crate) fn wait_until_ready(places: &Places, first: &Member, nodes: &[Member]) -> Result<()> {
     let socket = places.socket(&first.name);
-    let mut waiting = Vec::new();
+    let mut waiting: Vec<_> = nodes.iter().map(|node| &node.name).collect();
     let waited = wait_for("all nodes to be Ready", READY_DEADLINE, || {
-        let listed = http::call(&socket, "GET", "/nodes", None)?;
+        // While managers are added there may be no majority for a moment.
+        let Ok(listed) = http::call(&socket, "GET", "/nodes", None) else { return Ok(false) };
         waiting = nodes.iter().filter(|node| !is_ready(&listed, node)).map(|n| &n.name).collect();
         Ok(waiting.is_empty())
     });
