@@ -4,16 +4,19 @@ use std::{collections::BTreeSet, os::fd::AsFd};
 
 use ipnetwork::IpNetwork;
 use mesh_dataplane::{
-    Hook, Key, LinkRef, NetnsId, Ns, Op, Program, Value, Veth, host_name,
+    Hook, Key, LinkRef, NetnsId, Ns, Op, Program, Value, Veth,
+    desired::LOOPBACK_IFINDEX,
+    host_name,
     object::{LINK_ALIAS, VXLAN_NAME, Vxlan},
 };
 use mesh_types::{ids::EndpointId, mac::Mac};
 
 use crate::{
-    bpf::{Bpf, fixed_index},
+    bpf::Bpf,
     codec,
     error::{Failure, OpError},
     netlink::Socket,
+    netns::Netns,
     nft::Nft,
     observe::{Round, TaskNs, write_sysctl},
     rtnl::{self, LinkChange, VethEnd},
@@ -22,6 +25,7 @@ use crate::{
 /// What operations work with.
 #[derive(Debug)]
 pub(crate) struct Apply<'a> {
+    pub(crate) home: &'a Netns,
     pub(crate) socket: &'a mut Socket,
     pub(crate) bpf: &'a Bpf,
     pub(crate) nft: &'a mut Nft,
@@ -68,8 +72,7 @@ impl Apply<'_> {
             (Key::Veth(endpoint), Value::Veth(veth)) => self.veth(*endpoint, veth, old),
             (Key::Loopback(netns), _) => {
                 let change = LinkChange { up: Some(true), ..LinkChange::default() };
-                let at = mesh_dataplane::desired::LOOPBACK_IFINDEX;
-                Ok(rtnl::set_link(&mut self.task(*netns)?.socket, at, &change)?)
+                Ok(rtnl::set_link(&mut self.task(*netns)?.socket, LOOPBACK_IFINDEX, &change)?)
             }
             (Key::Address(endpoint, address), _) => {
                 let (task, index) = self.task_link(*endpoint)?;
@@ -183,7 +186,10 @@ impl Apply<'_> {
     fn sysctl(&mut self, ns: Ns, path: &str, value: &str) -> Result<(), OpError> {
         match ns {
             Ns::Node => Ok(write_sysctl(path, value)?),
-            Ns::Task(id) => Ok(self.task(id)?.netns.run(|| write_sysctl(path, value))?),
+            Ns::Task(id) => {
+                let home = self.home;
+                Ok(self.task(id)?.netns.visit(home, || write_sysctl(path, value))?)
+            }
         }
     }
 
@@ -256,32 +262,29 @@ impl Apply<'_> {
     }
 
     fn attach(&mut self, hook: Hook, link: LinkRef) -> Result<(), OpError> {
+        let (bpf, index) = (self.bpf, self.index(link)?);
         match hook {
-            Hook::TaskLo(netns) => {
-                let index = self.index(link)?;
-                let bpf = self.bpf;
-                Ok(self.task(netns)?.netns.run(|| bpf.attach(hook, index))?)
-            }
-            _ => Ok(self.bpf.attach(hook, self.index(link)?)?),
+            Hook::TaskLo(netns) => bpf.attach(&mut self.task(netns)?.socket, hook, index),
+            _ => bpf.attach(self.socket, hook, index),
         }
     }
 
     fn detach(&mut self, hook: Hook, old: &Value) -> Result<(), OpError> {
         let bpf = self.bpf;
-        if let (Hook::TaskLo(netns), false) = (hook, bpf.tcx) {
-            return match self.task(netns) {
-                Ok(task) => Ok(task.netns.run(|| bpf.detach(hook, fixed_index(hook)))?),
-                Err(_) => Ok(()),
-            };
-        }
         let link = match (hook, old) {
             (Hook::FromTask(endpoint), _) => LinkRef::Veth(endpoint),
             (Hook::FromVxlan, _) => LinkRef::Vxlan,
             (_, Value::Hook(Program::Current(link))) => *link,
+            (Hook::TaskLo(_), _) => LinkRef::Index(LOOPBACK_IFINDEX),
             _ => LinkRef::Index(0),
         };
         let index = self.round.links.index(link).filter(|index| *index != 0);
-        Ok(bpf.detach(hook, index)?)
+        match hook {
+            // Gone with its namespace.
+            Hook::TaskLo(netns) if !self.round.tasks.contains_key(&netns) => Ok(()),
+            Hook::TaskLo(netns) => bpf.detach(&mut self.task(netns)?.socket, hook, index),
+            _ => bpf.detach(self.socket, hook, index),
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Pins, below `<pin_dir>/v<SCHEMA>/`: `maps/<NAME>` and, with tcx, `links/<hook>`. A daemon that
 //! starts opens the maps that are there and puts its own programs into the links that are there:
-//! no packet sees a hook without a program. Before tcx (6.6) there are clsact filters, known again
-//! by priority and handle and replaced in one request.
+//! no packet sees a hook without a program. Before tcx (6.6), and on `lo`, there are clsact filters,
+//! known again by priority and handle and replaced in one request.
 
 use std::{
     collections::BTreeMap,
@@ -13,13 +13,14 @@ use std::{
 };
 
 use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
-use mesh_dataplane::{Hook, MapId, NetnsId, desired::LOOPBACK_IFINDEX, object::endpoint_of};
+use mesh_dataplane::{Hook, MapId, object::endpoint_of};
 use mesh_ebpf_abi::{Counter, FlowKey, FlowValue, SCHEMA, map, prog};
 
 use crate::{
-    bpf_sys::{self, RawMap, SharedArray, TCX_EGRESS, TCX_INGRESS},
+    bpf_sys::{self, RawMap, SharedArray, TCX_INGRESS},
     codec,
-    error::OpenError,
+    error::{OpError, OpenError},
+    netlink::Socket,
     rtnl,
 };
 
@@ -144,59 +145,73 @@ impl Bpf {
         Ok(found)
     }
 
-    /// Attaches the hook's program to a link of the calling thread's namespace, or puts it in the
-    /// place of an earlier one.
-    pub(crate) fn attach(&self, hook: Hook, ifindex: u32) -> io::Result<()> {
+    /// Whether the hook's program is attached by a pinned tcx link. Not so on a task's `lo`: making
+    /// a tcx link waits for an RCU grace period under the RTNL lock (`tcx_entry_sync`, measured
+    /// 15 ms), which every task start on the machine would pay for once more.
+    fn is_pinned(&self, hook: Hook) -> bool {
+        self.tcx && !matches!(hook, Hook::TaskLo(_))
+    }
+
+    /// Attaches the hook's program to a link of the socket's namespace (with tcx: the calling
+    /// thread's), or puts it in the place of an earlier one.
+    pub(crate) fn attach(
+        &self,
+        socket: &mut Socket,
+        hook: Hook,
+        ifindex: u32,
+    ) -> Result<(), OpError> {
         let program = self.program(hook)?;
-        if !self.tcx {
-            let mut socket = rtnl_socket()?;
-            let plain = |error: crate::netlink::NetlinkError| io::Error::other(error.to_string());
-            rtnl::add_clsact(&mut socket, ifindex).map_err(plain)?;
-            let parent = parent_of(hook);
-            return rtnl::set_filter(&mut socket, ifindex, parent, program, program_of(hook))
-                .map_err(plain);
+        if !self.is_pinned(hook) {
+            let (parent, name) = (parent_of(hook), program_of(hook));
+            rtnl::add_clsact(socket, ifindex)?;
+            return Ok(rtnl::set_filter(socket, ifindex, parent, program, name)?);
         }
         let path = self.links.join(name_of(hook));
         match bpf_sys::open_pin(&path) {
             Ok(link) => {
                 let at = bpf_sys::link_info(link.as_fd())?.map_or(0, |info| info.ifindex);
                 if at == ifindex {
-                    return bpf_sys::update_link(link.as_fd(), program);
+                    return Ok(bpf_sys::update_link(link.as_fd(), program)?);
                 }
                 fs::remove_file(&path)?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
-        let attach = if parent_of(hook) == rtnl::EGRESS { TCX_EGRESS } else { TCX_INGRESS };
-        let link = bpf_sys::attach_tcx(program, ifindex, attach)?;
-        bpf_sys::pin(link.as_fd(), &path)
+        let link = bpf_sys::attach_tcx(program, ifindex, TCX_INGRESS)?;
+        Ok(bpf_sys::pin(link.as_fd(), &path)?)
     }
 
-    /// Removes a program. `ifindex` is in the calling thread's namespace; `None`: the link is gone.
-    pub(crate) fn detach(&self, hook: Hook, ifindex: Option<u32>) -> io::Result<()> {
-        if self.tcx {
+    /// Removes a program. `ifindex` is in the socket's namespace; `None`: the link is gone.
+    pub(crate) fn detach(
+        &self,
+        socket: &mut Socket,
+        hook: Hook,
+        ifindex: Option<u32>,
+    ) -> Result<(), OpError> {
+        if self.is_pinned(hook) {
             return match fs::remove_file(self.links.join(name_of(hook))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
                 _ => Ok(()),
             };
         }
         let Some(ifindex) = ifindex else { return Ok(()) };
-        let mut socket = rtnl_socket()?;
-        let plain = |error: crate::netlink::NetlinkError| io::Error::other(error.to_string());
-        match rtnl::delete_filter(&mut socket, ifindex, parent_of(hook)) {
-            Err(error) if !error.is(libc::ENOENT) && !error.is(libc::ENODEV) => {
-                return Err(plain(error));
+        match rtnl::delete_filter(socket, ifindex, parent_of(hook)) {
+            Err(error)
+                if [libc::ENOENT, libc::EINVAL, libc::ENODEV].iter().any(|e| error.is(*e)) =>
+            {
+                // The filter, its queueing discipline or its link is gone.
+                return Ok(());
             }
-            _ => {}
+            other => other?,
         }
         // The queueing discipline goes with its last filter; it may serve others too.
         for parent in [rtnl::INGRESS, rtnl::EGRESS] {
-            if !rtnl::filters(&mut socket, ifindex, parent).map_err(plain)?.is_empty() {
+            if !rtnl::filters(socket, ifindex, parent)?.is_empty() {
                 return Ok(());
             }
         }
-        let _ = rtnl::delete_clsact(&mut socket, ifindex);
+        let _ = rtnl::delete_clsact(socket, ifindex);
         Ok(())
     }
 
@@ -212,10 +227,6 @@ impl Bpf {
         };
         Counter::ALL.iter().map(|counter| (*counter, sum(*counter))).collect()
     }
-}
-
-fn rtnl_socket() -> io::Result<crate::netlink::Socket> {
-    crate::netlink::Socket::route()
 }
 
 fn load_object(map_dir: &Path, sizes: &MapSizes) -> Result<Ebpf, OpenError> {
@@ -301,31 +312,20 @@ pub(crate) fn parent_of(hook: Hook) -> u32 {
     if matches!(hook, Hook::TaskLo(_)) { rtnl::EGRESS } else { rtnl::INGRESS }
 }
 
+/// The name of the hook's pinned link.
 fn name_of(hook: Hook) -> String {
     match hook {
         Hook::FromTask(endpoint) => mesh_dataplane::host_name(endpoint),
         Hook::FromUplink => "uplink".to_owned(),
         Hook::FromVxlan => "vxlan".to_owned(),
-        Hook::TaskLo(NetnsId { dev, ino }) => format!("lo-{dev}-{ino}"),
+        Hook::TaskLo(netns) => format!("lo-{}", netns.ino),
     }
 }
 
 fn hook_named(name: &str) -> Option<Hook> {
-    if let Some(endpoint) = endpoint_of(name) {
-        return Some(Hook::FromTask(endpoint));
-    }
     match name {
         "uplink" => Some(Hook::FromUplink),
         "vxlan" => Some(Hook::FromVxlan),
-        name => {
-            let (dev, ino) = name.strip_prefix("lo-")?.split_once('-')?;
-            let netns = NetnsId { dev: dev.parse().ok()?, ino: ino.parse().ok()? };
-            Some(Hook::TaskLo(netns))
-        }
+        name => endpoint_of(name).map(Hook::FromTask),
     }
-}
-
-/// The index of a hook's link where it does not depend on links of ours.
-pub(crate) fn fixed_index(hook: Hook) -> Option<u32> {
-    matches!(hook, Hook::TaskLo(_)).then_some(LOOPBACK_IFINDEX)
 }

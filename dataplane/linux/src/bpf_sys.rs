@@ -30,7 +30,6 @@ const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 /// `bpf_attach_type`.
 pub(crate) const TCX_INGRESS: u32 = 46;
-pub(crate) const TCX_EGRESS: u32 = 47;
 
 /// `union bpf_attr`: zeroed, filled at the offsets of the command's struct.
 #[repr(C, align(8))]

@@ -27,7 +27,7 @@ use crate::{
     codec,
     error::{Failure, OpError, OpenError},
     netlink::Socket,
-    netns::{Netns, NetnsPath},
+    netns::{Netns, NetnsPath, on_thread},
     nft::Nft,
     observe::observe,
     preflight::{self, Features},
@@ -83,6 +83,11 @@ pub struct Report {
 }
 
 impl Report {
+    fn broken(error: io::Error) -> Self {
+        let message = format!("the round was cut off: {error}");
+        Self { failures: vec![Failure { key: None, message }], ..Self::default() }
+    }
+
     /// Whether the kernel is as desired.
     #[must_use]
     pub fn is_converged(&self) -> bool {
@@ -117,6 +122,7 @@ pub enum AttachError {
 /// The data plane of the node whose namespace the opening thread is in.
 #[derive(Debug)]
 pub struct Engine {
+    home: Netns,
     config: EngineConfig,
     features: Features,
     socket: Socket,
@@ -125,6 +131,8 @@ pub struct Engine {
     records: Arc<RecordSet>,
     withdrawn: BTreeSet<NodeNumber>,
     leases: Vec<Lease>,
+    /// Given up, but their namespaces are still to be cleaned.
+    leaving: Vec<Lease>,
     last: Option<Desired>,
     /// Where the flow collector goes on.
     flow_cursor: Option<Vec<u8>>,
@@ -158,7 +166,9 @@ impl Engine {
             .map_err(|error| OpenError::Uplink(error.to_string()))?
             .map_err(OpenError::Uplink)?;
         let bpf = Bpf::load(&config.pin_dir, &config.maps, features.tcx)?;
+        let home = Netns::current().map_err(io("cannot open the node's network namespace"))?;
         Ok(Self {
+            home,
             config,
             features,
             socket,
@@ -167,6 +177,7 @@ impl Engine {
             records: Arc::default(),
             withdrawn: BTreeSet::new(),
             leases: Vec::new(),
+            leaving: Vec::new(),
             last: None,
             flow_cursor: None,
         })
@@ -256,7 +267,7 @@ impl Engine {
     ///
     /// Blocks its thread for some milliseconds of system calls.
     pub async fn round(&mut self) -> Report {
-        blocking(|| self.round_now())
+        blocking(|| self.round_now()).unwrap_or_else(Report::broken)
     }
 
     fn round_now(&mut self) -> Report {
@@ -271,7 +282,7 @@ impl Engine {
 
     /// Brings the kernel to `desired`, continuing past failures.
     pub async fn reconcile(&mut self, desired: &Desired) -> Report {
-        blocking(|| self.reconcile_now(desired))
+        blocking(|| self.reconcile_now(desired)).unwrap_or_else(Report::broken)
     }
 
     fn reconcile_now(&mut self, desired: &Desired) -> Report {
@@ -279,10 +290,12 @@ impl Engine {
         let paths: BTreeMap<NetnsId, PathBuf> = self
             .leases
             .iter()
+            .chain(&self.leaving)
             .filter(|lease| is_alive(lease))
             .map(|lease| (lease.netns, lease.path.clone()))
             .collect();
-        let round = observe(&mut self.socket, &self.bpf, &mut self.nft, &paths, desired);
+        let round =
+            observe(&self.home, &mut self.socket, &self.bpf, &mut self.nft, &paths, desired);
         let mut round = match round {
             Ok(round) => round,
             Err(error) => {
@@ -296,6 +309,7 @@ impl Engine {
             report.failures.push(Failure { key: None, message: refusal.to_string() });
         }
         let mut apply = Apply {
+            home: &self.home,
             socket: &mut self.socket,
             bpf: &self.bpf,
             nft: &mut self.nft,
@@ -342,7 +356,11 @@ impl Engine {
         netns: &NetnsPath,
         interfaces: &[InterfaceSpec],
     ) -> Result<Lease, AttachError> {
-        blocking(|| self.attach_now(netns, interfaces))
+        let failed = |error: io::Error| AttachError::Failed {
+            path: netns.to_owned(),
+            reasons: vec![error.to_string()],
+        };
+        blocking(|| self.attach_now(netns, interfaces)).map_err(failed)?
     }
 
     fn attach_now(
@@ -373,7 +391,9 @@ impl Engine {
             return Ok(lease);
         }
         self.leases = before;
+        self.leaving = vec![lease];
         self.round_now();
+        self.leaving.clear();
         Err(AttachError::Failed { path: path.to_owned(), reasons })
     }
 
@@ -407,11 +427,13 @@ impl Engine {
 
     /// Unplugs what a lease holds. One that is not held changes nothing.
     pub async fn detach(&mut self, lease: &Lease) -> Report {
-        blocking(|| {
-            // The task's own objects go with its links, so its namespace need not be there.
-            self.leases.retain(|held| held.netns != lease.netns);
-            self.round_now()
-        })
+        let (left, kept) = std::mem::take(&mut self.leases)
+            .into_iter()
+            .partition(|held| held.netns == lease.netns);
+        (self.leaving, self.leases) = (left, kept);
+        let report = self.round().await;
+        self.leaving.clear();
+        report
     }
 
     /// All counters, summed over CPUs.
@@ -459,14 +481,15 @@ impl Engine {
     /// Removes everything that is ours: links, routes, the nft table, attachments, pins. (The
     /// node's `ip_forward` stays on: others may rely on it by now.)
     pub async fn teardown(mut self) -> Report {
-        blocking(|| self.teardown_now())
+        blocking(|| self.teardown_now()).unwrap_or_else(Report::broken)
     }
 
     fn teardown_now(&mut self) -> Report {
         let mut report = self.reconcile_now(&Desired::default());
         if let Ok(underlay) = self.underlay() {
             // A filter of an earlier daemon is not known to be at this link.
-            let _ = self.bpf.detach(Hook::FromUplink, Some(underlay.ifindex));
+            let uplink = Some(underlay.ifindex);
+            let _ = self.bpf.detach(&mut self.socket, Hook::FromUplink, uplink);
         }
         let directory = versioned(&self.config.pin_dir);
         if let Err(error) = fs::remove_dir_all(&directory) {
@@ -497,9 +520,11 @@ fn concerns(key: &Key, netns: NetnsId, endpoints: &BTreeSet<EndpointId>) -> bool
     }
 }
 
-/// Runs system calls without holding up other tasks, where the runtime knows how.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
+/// Runs system calls on a thread of their own, which may visit other namespaces; without holding
+/// up other tasks, where the runtime knows how.
+fn blocking<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
     use tokio::runtime::{Handle, RuntimeFlavor};
+    let work = || on_thread(|| Ok(work()));
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),

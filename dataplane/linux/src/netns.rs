@@ -60,6 +60,24 @@ impl Netns {
         })
     }
 
+    /// Runs `work` inside this namespace on the calling thread, which comes back to `home`. The
+    /// thread must be one of [`on_thread`]'s.
+    ///
+    /// # Panics
+    /// The way back fails: what the thread did next would happen in the wrong namespace.
+    pub(crate) fn visit<T>(
+        &self,
+        home: &Self,
+        work: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        let result = work();
+        if let Err(error) = setns(home.file.as_fd(), CloneFlags::CLONE_NEWNET) {
+            panic!("cannot return from {} to {}: {error}", self.id, home.id);
+        }
+        result
+    }
+
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
@@ -108,7 +126,8 @@ pub fn remove(name: &str) -> io::Result<()> {
     std::fs::remove_file(path)
 }
 
-fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+/// Runs `work` on a thread of its own.
+pub(crate) fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let handle = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, work)?;
         handle.join().unwrap_or_else(|_| Err(io::Error::other("the netns thread panicked")))

@@ -81,10 +81,12 @@ impl Nft {
         self.good_at = None;
         self.set = None;
         run(&script)?;
-        if let Some(body) = body
-            && let Some(listing) = self.list()?
-        {
-            self.set = Some((body.to_owned(), listing));
+        if let Some(body) = body {
+            let generation = self.generation();
+            if let Some(listing) = self.list()? {
+                self.set = Some((body.to_owned(), listing));
+                self.good_at = generation;
+            }
         }
         Ok(())
     }

@@ -10,12 +10,13 @@ use std::{
 use ipnetwork::IpNetwork;
 use mesh_dataplane::{
     Desired, Hook, Key, LinkRef, MapId, NetnsId, Ns, Observed, Program, Value, Veth,
+    desired::LOOPBACK_IFINDEX,
     object::{LINK_ALIAS, VXLAN_NAME, Vxlan, endpoint_of},
 };
 use mesh_types::{ids::EndpointId, mac::Mac, net::Mtu};
 
 use crate::{
-    bpf::Bpf,
+    bpf::{Bpf, parent_of},
     codec::{self, LinkTable},
     error::OpError,
     netlink::Socket,
@@ -47,6 +48,7 @@ pub(crate) struct Round {
 
 /// Reads everything. `paths` are the namespaces of live attachments.
 pub(crate) fn observe(
+    home: &Netns,
     socket: &mut Socket,
     bpf: &Bpf,
     nft: &mut Nft,
@@ -57,7 +59,7 @@ pub(crate) fn observe(
     let veths = round.node_links(socket)?;
     for (id, path) in paths {
         // One that ended since it was looked at has nothing to observe.
-        if let Ok(task) = round.task(*id, path, &veths, desired) {
+        if let Ok(task) = open_task(home, *id, path) {
             round.tasks.insert(*id, task);
         }
     }
@@ -66,12 +68,21 @@ pub(crate) fn observe(
     }
     let tasks: Vec<NetnsId> = round.tasks.keys().copied().collect();
     for id in tasks {
-        round.task_objects(id, &veths, desired)?;
+        round.task_objects(home, id, &veths, desired)?;
     }
     round.node_objects(socket, nft, desired)?;
     round.hooks(socket, bpf)?;
     round.maps(bpf)?;
     Ok(round)
+}
+
+fn open_task(home: &Netns, id: NetnsId, path: &Path) -> Result<TaskNs, OpError> {
+    let netns = Netns::open(path)?;
+    if netns.id() != id {
+        return Err(OpError::NoNetns);
+    }
+    let socket = netns.visit(home, Socket::route)?;
+    Ok(TaskNs { netns, socket, index_of: BTreeMap::new() })
 }
 
 /// A pair whose task side is in no attached namespace.
@@ -126,24 +137,9 @@ impl Round {
         Ok(veths)
     }
 
-    fn task(
-        &self,
-        id: NetnsId,
-        path: &Path,
-        veths: &BTreeMap<EndpointId, Link>,
-        desired: &Desired,
-    ) -> Result<TaskNs, OpError> {
-        let netns = Netns::open(path)?;
-        if netns.id() != id {
-            return Err(OpError::NoNetns);
-        }
-        let socket = netns.run(Socket::route)?;
-        let _ = (veths, desired);
-        Ok(TaskNs { netns, socket, index_of: BTreeMap::new() })
-    }
-
     fn task_objects(
         &mut self,
+        home: &Netns,
         id: NetnsId,
         veths: &BTreeMap<EndpointId, Link>,
         desired: &Desired,
@@ -194,7 +190,7 @@ impl Round {
         }
         let wanted = sysctls(desired, Ns::Task(id));
         if !wanted.is_empty() {
-            let values = task.netns.run(|| Ok(read_sysctls(&wanted)))?;
+            let values = task.netns.visit(home, || Ok(read_sysctls(&wanted)))?;
             self.observed.objects.extend(values);
         }
         self.tasks.insert(id, task);
@@ -230,44 +226,49 @@ impl Round {
     }
 
     fn hooks(&mut self, socket: &mut Socket, bpf: &Bpf) -> Result<(), OpError> {
+        for (hook, program, ifindex) in bpf.pinned()? {
+            let current = ifindex != 0 && bpf.is_current(hook, program);
+            let link = self.links.link(ifindex);
+            let state = if current { Program::Current(link) } else { Program::Stale };
+            self.put(Key::Hook(hook), Value::Hook(state));
+        }
+        let tasks: Vec<NetnsId> = self.tasks.keys().copied().collect();
+        for id in tasks {
+            let Some(mut task) = self.tasks.remove(&id) else { continue };
+            let at = LinkRef::Index(LOOPBACK_IFINDEX);
+            self.filter(&mut task.socket, bpf, Hook::TaskLo(id), at, LOOPBACK_IFINDEX)?;
+            self.tasks.insert(id, task);
+        }
         if bpf.tcx {
-            for (hook, program, ifindex) in bpf.pinned()? {
-                let link = match hook {
-                    Hook::TaskLo(_) => LinkRef::Index(ifindex),
-                    _ => self.links.link(ifindex),
-                };
-                let current = ifindex != 0 && bpf.is_current(hook, program);
-                let state = if current { Program::Current(link) } else { Program::Stale };
-                self.put(Key::Hook(hook), Value::Hook(state));
-            }
             return Ok(());
         }
-        let state = |found: Vec<(bool, Option<u32>)>, hook, link| {
-            let (_, program) = found.into_iter().find(|(ours, _)| *ours)?;
-            let current = program.is_some_and(|program| bpf.is_current(hook, program));
-            Some(Value::Hook(if current { Program::Current(link) } else { Program::Stale }))
-        };
-        let mut found = BTreeMap::new();
         for link in rtnl::links(socket)? {
-            let (hook, at) = match self.links.link(link.index) {
-                LinkRef::Veth(endpoint) => (Hook::FromTask(endpoint), LinkRef::Veth(endpoint)),
-                LinkRef::Vxlan => (Hook::FromVxlan, LinkRef::Vxlan),
-                other => (Hook::FromUplink, other),
+            let at = self.links.link(link.index);
+            let hook = match at {
+                LinkRef::Veth(endpoint) => Hook::FromTask(endpoint),
+                LinkRef::Vxlan => Hook::FromVxlan,
+                LinkRef::Index(_) => Hook::FromUplink,
             };
-            let filters = rtnl::filters(socket, link.index, rtnl::INGRESS)?;
-            if let Some(value) = state(filters, hook, at) {
-                found.insert(Key::Hook(hook), value);
-            }
+            self.filter(socket, bpf, hook, at, link.index)?;
         }
-        for (id, task) in &mut self.tasks {
-            let hook = Hook::TaskLo(*id);
-            let at = mesh_dataplane::desired::LOOPBACK_IFINDEX;
-            let filters = rtnl::filters(&mut task.socket, at, rtnl::EGRESS)?;
-            if let Some(value) = state(filters, hook, LinkRef::Index(at)) {
-                found.insert(Key::Hook(hook), value);
-            }
+        Ok(())
+    }
+
+    /// Notes our filter at a link, if there is one.
+    fn filter(
+        &mut self,
+        socket: &mut Socket,
+        bpf: &Bpf,
+        hook: Hook,
+        at: LinkRef,
+        index: u32,
+    ) -> Result<(), OpError> {
+        let filters = rtnl::filters(socket, index, parent_of(hook))?;
+        if let Some((_, program)) = filters.into_iter().find(|(ours, _)| *ours) {
+            let current = program.is_some_and(|program| bpf.is_current(hook, program));
+            let state = if current { Program::Current(at) } else { Program::Stale };
+            self.put(Key::Hook(hook), Value::Hook(state));
         }
-        self.observed.objects.extend(found);
         Ok(())
     }
 
