@@ -398,6 +398,16 @@ impl Key {
         }
     }
 
+    /// The endpoint whose pair this is.
+    pub(crate) fn pair(&self) -> Option<EndpointId> {
+        if let Self::Veth(endpoint) = self { Some(*endpoint) } else { None }
+    }
+
+    /// Whether it is a setting of something that is not ours: changed, never removed.
+    pub(crate) fn is_setting(&self) -> bool {
+        matches!(self, Self::Sysctl { .. } | Self::Loopback(_))
+    }
+
     /// Where it stands in the order of creation: what others rely on comes first, what makes it
     /// reachable comes last.
     pub(crate) fn rank(&self) -> u8 {

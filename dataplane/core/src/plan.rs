@@ -117,12 +117,13 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
         .iter()
         .filter(|(key, value)| is_dangling(key) || is_doomed(key, value, &doomed))
         .map(|(key, _)| *key)
+        // What only names the link is written again, if it is wanted; else it goes in its turn.
+        .filter(|key| !matches!(key, Key::Endpoint(_) | Key::Config) || want.contains_key(*key))
         .collect();
     early.sort_by_key(|key| (key.delete_rank(), (*key).clone()));
     for key in early {
         let Some(old) = seen.remove(key) else { continue };
-        // What goes with its link needs no operation; what the maps say of it does.
-        if matches!(key, Key::Port(_) | Key::Veth(_) | Key::Vxlan | Key::Hook(_)) {
+        if !goes_by_itself(key) && !matches!(key, Key::Endpoint(_) | Key::Config) {
             ops.push(Op::Delete { key: key.clone(), old: old.clone() });
         }
     }
@@ -132,9 +133,18 @@ pub fn plan(desired: &Desired, observed: &Observed) -> Plan {
     puts.sort_by_key(|op| op.key().rank());
     ops.append(&mut puts);
 
+    let leaving = Doomed {
+        veths: seen
+            .keys()
+            .filter(|key| !want.contains_key(*key))
+            .filter_map(|k| k.pair())
+            .collect(),
+        vxlan: false,
+    };
     let mut gone: Vec<Op> = seen
         .iter()
-        .filter(|(key, _)| !want.contains_key(*key))
+        .filter(|(key, _)| !want.contains_key(*key) && !key.is_setting())
+        .filter(|(key, value)| !(goes_by_itself(key) && is_doomed(key, value, &leaving)))
         .map(|(key, old)| Op::Delete { key: (*key).clone(), old: (*old).clone() })
         .collect();
     gone.sort_by_key(|op| op.key().delete_rank());
@@ -160,6 +170,18 @@ fn put(key: &Key, value: &Value, seen: &BTreeMap<&Key, &Value>, maglev: &[u64]) 
 /// Map entries that name a link by an index that is none of ours.
 fn is_dangling(key: &Key) -> bool {
     matches!(key, Key::Port(LinkRef::Index(_) | LinkRef::Vxlan))
+}
+
+/// Whether the kernel removes it together with its link.
+fn goes_by_itself(key: &Key) -> bool {
+    matches!(
+        key,
+        Key::Sysctl { .. }
+            | Key::Address(..)
+            | Key::DefaultRoute(_)
+            | Key::HostRoute(_)
+            | Key::Neighbour(..)
+    )
 }
 
 /// Links that must go before anything is made.
