@@ -1,1 +1,141 @@
-fn main() {}
+//! `meshctl`: the operator's command line, a client of the same API as the stock `docker` CLI, and
+//! the entry to labs.
+//!
+//! Exit status: 0; 1 when the daemon refused or cannot be reached; 125 for a bad command line;
+//! `task exec` and `lab exec` pass on that of the command.
+
+mod client;
+mod lab;
+mod network;
+mod node;
+mod output;
+mod service;
+mod swarm;
+mod system;
+mod task;
+mod unknown;
+mod whoami;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use client::Client;
+
+/// Docker's status for a command line that makes no sense.
+const USAGE: u8 = 125;
+
+/// Operate a mesh cluster.
+#[derive(Debug, Parser)]
+#[command(name = "meshctl", version, about, max_term_width = 100, disable_help_subcommand = true)]
+struct Cli {
+    /// The daemon's socket, `unix://PATH`; else MESH_HOST, DOCKER_HOST, unix:///run/mesh/mesh.sock
+    #[arg(short = 'H', long, value_name = "URL")]
+    host: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show the versions of meshctl and of the daemon
+    Version(system::FormatArgs),
+    /// Show what the daemon knows of itself and its cluster
+    Info(system::FormatArgs),
+    /// Make, join and leave clusters
+    #[command(subcommand)]
+    Swarm(swarm::Command),
+    /// Look at nodes and change them
+    #[command(subcommand)]
+    Node(node::Command),
+    /// Make and remove overlay networks
+    #[command(subcommand)]
+    Network(network::Command),
+    /// Run and scale services
+    #[command(subcommand)]
+    Service(service::Command),
+    /// Reach into tasks
+    #[command(subcommand)]
+    Task(task::Command),
+    /// Build whole clusters on this machine
+    Lab(lab::LabArgs),
+    /// Answer requests with who was asked: the workload of tests
+    Whoami(whoami::WhoamiArgs),
+}
+
+fn main() -> ExitCode {
+    let raw: Vec<String> = std::env::args().collect();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(err) => return usage(&err, &raw),
+    };
+    match run(cli, &raw) {
+        Ok(code) => code,
+        Err(err) => {
+            eprintln!("{}", output::error_text(&err));
+            ExitCode::from(if err.is::<Usage>() { USAGE } else { 1 })
+        }
+    }
+}
+
+/// A command line that clap accepts and that makes no sense all the same.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+fn usage(err: &clap::Error, raw: &[String]) -> ExitCode {
+    match unknown::explain(err, raw) {
+        Some(text) => eprintln!("error: {text}"),
+        // Nothing can be done about a terminal that is gone.
+        None => drop(err.print()),
+    }
+    if err.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS }
+}
+
+/// Labs and whoami start before any runtime: a process with threads cannot change namespaces.
+fn run(cli: Cli, raw: &[String]) -> Result<ExitCode> {
+    let command = match cli.command {
+        Command::Lab(args) => return lab::run(args),
+        Command::Whoami(args) => return whoami::run(args).map(|()| ExitCode::SUCCESS),
+        other => other,
+    };
+    let client = Client::new(cli.host.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Version(args) => system::version(&client, args).await,
+            Command::Info(args) => system::info(&client, args).await,
+            Command::Swarm(command) => swarm::run(&client, command).await,
+            Command::Node(command) => node::run(&client, command).await,
+            Command::Network(command) => network::run(&client, command).await,
+            Command::Service(command) => service::run(&client, command, raw).await,
+            Command::Task(command) => return task::run(&client, command).await,
+            Command::Lab(_) | Command::Whoami(_) => unreachable!("handled above"),
+        }
+        .map(|()| ExitCode::SUCCESS)
+    });
+    // A read of standard input may still block a thread.
+    runtime.shutdown_background();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,222 @@
+//! The HTTP client: one connection per request over the daemon's unix socket.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    body::{Bytes, Incoming},
+    client::conn::http1,
+    upgrade::Upgraded,
+};
+use hyper_util::rt::TokioIo;
+use mesh_api::{API_VERSION, DEFAULT_SOCKET, ErrorBody};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+/// A daemon to speak to.
+#[derive(Debug)]
+pub(crate) struct Client {
+    socket: PathBuf,
+}
+
+/// What the daemon answered to a request that it did not do.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    pub(crate) status: StatusCode,
+    pub(crate) message: String,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Error response from daemon: {}", self.message)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// No body.
+pub(crate) const NOTHING: Option<&()> = None;
+
+impl Client {
+    /// The daemon at `host`, else at MESH_HOST, DOCKER_HOST, or the default socket.
+    pub(crate) fn new(host: Option<&str>) -> Result<Self> {
+        let from = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let url =
+            host.map(str::to_owned).or_else(|| from("MESH_HOST")).or_else(|| from("DOCKER_HOST"));
+        let Some(url) = url else { return Ok(Self { socket: DEFAULT_SOCKET.into() }) };
+        match url.strip_prefix("unix://") {
+            Some(path) if !path.is_empty() => Ok(Self { socket: path.into() }),
+            _ => bail!(crate::Usage(format!(
+                "`{url}` is no socket of a daemon: use unix://PATH (--host, MESH_HOST or \
+                 DOCKER_HOST)"
+            ))),
+        }
+    }
+
+    /// `GET` of a typed answer.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.call(Method::GET, path, NOTHING).await
+    }
+
+    /// `POST` with a typed answer.
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T> {
+        self.call(Method::POST, path, body).await
+    }
+
+    /// `POST` whose answer says nothing.
+    pub(crate) async fn tell(&self, path: &str, body: Option<&impl Serialize>) -> Result<()> {
+        self.send(Method::POST, path, body).await.map(drop)
+    }
+
+    /// `DELETE`.
+    pub(crate) async fn delete(&self, path: &str) -> Result<()> {
+        self.send(Method::DELETE, path, NOTHING).await.map(drop)
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T> {
+        let bytes = self.send(method, path, body).await?;
+        serde_json::from_slice(&bytes).with_context(|| {
+            format!("the daemon's answer to {path} is not understood: is it another version?")
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<Bytes> {
+        let answer = self.request(method, path, body, false).await?;
+        let status = answer.status();
+        let bytes = answer.into_body().collect().await.with_context(|| self.broken())?.to_bytes();
+        if status.is_success() { Ok(bytes) } else { Err(refused(status, &bytes).into()) }
+    }
+
+    /// `POST` that turns the connection into a stream.
+    pub(crate) async fn upgrade(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<TokioIo<Upgraded>> {
+        let answer = self.request(Method::POST, path, Some(body), true).await?;
+        let status = answer.status();
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            let body = answer.into_body().collect().await.with_context(|| self.broken())?;
+            return Err(refused(status, &body.to_bytes()).into());
+        }
+        let upgraded = hyper::upgrade::on(answer).await.with_context(|| self.broken())?;
+        Ok(TokioIo::new(upgraded))
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+        upgrade: bool,
+    ) -> Result<http::Response<Incoming>> {
+        let stream = UnixStream::connect(&self.socket).await.with_context(|| {
+            format!(
+                "cannot reach the daemon at unix://{}: is meshd running there? (--host or \
+                 MESH_HOST names another socket)",
+                self.socket.display()
+            )
+        })?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.with_context(|| self.broken())?;
+        // It ends with the connection; errors show at the request.
+        tokio::spawn(async move { connection.with_upgrades().await.ok() });
+        let (major, minor) = API_VERSION;
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("/v{major}.{minor}{path}"))
+            .header(header::HOST, "mesh")
+            .header(header::USER_AGENT, concat!("meshctl/", env!("CARGO_PKG_VERSION")));
+        if upgrade {
+            request = request.header(header::CONNECTION, "Upgrade").header(header::UPGRADE, "tcp");
+        }
+        let bytes = match body {
+            Some(body) => {
+                request = request.header(header::CONTENT_TYPE, "application/json");
+                serde_json::to_vec(body).context("cannot write the request")?
+            }
+            None => Vec::new(),
+        };
+        let request =
+            request.body(Full::new(Bytes::from(bytes))).context("cannot make a request")?;
+        sender.send_request(request).await.with_context(|| self.broken())
+    }
+
+    fn broken(&self) -> String {
+        format!("the connection to the daemon at unix://{} broke", self.socket.display())
+    }
+}
+
+fn refused(status: StatusCode, body: &[u8]) -> Refused {
+    let message = serde_json::from_slice::<ErrorBody>(body).map_or_else(
+        |_| format!("{status}: {}", String::from_utf8_lossy(body).trim()),
+        |body| body.message,
+    );
+    Refused { status, message }
+}
+
+/// A name as part of a path or a query (RFC 3986 section 2.1).
+pub(crate) fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+/// `?filters=…` from `--filter key=value` flags; empty without any.
+pub(crate) fn filter_query(filters: &[String]) -> Result<String> {
+    let mut map = std::collections::BTreeMap::<&str, Vec<&str>>::new();
+    for filter in filters {
+        let Some((key, value)) = filter.split_once('=') else {
+            bail!(crate::Usage(format!(
+                "invalid argument \"{filter}\" for --filter: use key=value"
+            )));
+        };
+        map.entry(key.trim()).or_default().push(value.trim());
+    }
+    if map.is_empty() {
+        return Ok(String::new());
+    }
+    let json = serde_json::to_string(&map).context("cannot write the filters")?;
+    Ok(format!("filters={}", escape(&json)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_escaped() {
+        assert_eq!(escape("web.1-a_b~"), "web.1-a_b~");
+        assert_eq!(escape("a/b c?ä"), "a%2Fb%20c%3F%C3%A4");
+    }
+
+    #[test]
+    fn filters_of_one_key_come_together() {
+        let filters = ["name=a".to_owned(), "name=b".to_owned(), "label=x=y".to_owned()];
+        let json = r#"{"label":["x=y"],"name":["a","b"]}"#;
+        assert_eq!(filter_query(&filters).unwrap(), format!("filters={}", escape(json)));
+        assert!(filter_query(&["name".to_owned()]).is_err());
+    }
+}

@@ -1,0 +1,166 @@
+//! `meshctl network`.
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use mesh_api::{Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated};
+
+use crate::{
+    client::{Client, escape, filter_query},
+    output::{Format, InspectFormat, Table, for_each, natural, objects, say, short},
+    service::{inspect_all, key_values},
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make an overlay network
+    Create(CreateArgs),
+    /// List networks
+    #[command(alias = "list")]
+    Ls(ListArgs),
+    /// Show all that is known of networks
+    Inspect {
+        /// Names or ids
+        #[arg(required = true)]
+        networks: Vec<String>,
+        /// With every service and task on them
+        #[arg(short, long)]
+        verbose: bool,
+        #[command(flatten)]
+        format: InspectFormat,
+    },
+    /// Remove networks that nothing uses
+    #[command(alias = "remove")]
+    Rm {
+        /// Names or ids
+        #[arg(required = true)]
+        networks: Vec<String>,
+        /// A network that does not exist is no error
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Only overlay exists
+    #[arg(short, long, default_value = "overlay")]
+    driver: String,
+    /// The subnet; leased from the cluster's pool if not given
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "CIDR")]
+    subnet: String,
+    /// The gateway inside the subnet; its first address if not given
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "IP")]
+    gateway: String,
+    /// Lease addresses from this part of the subnet only
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "CIDR")]
+    ip_range: String,
+    /// A driver option: `com.docker.network.driver.mtu=BYTES` (may be repeated)
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    opt: Vec<String>,
+    /// Plain containers and pods may attach
+    #[arg(long)]
+    attachable: bool,
+    /// No way out of the network
+    #[arg(long)]
+    internal: bool,
+    /// A label (may be repeated)
+    #[arg(long, value_name = "KEY=VALUE")]
+    label: Vec<String>,
+    /// Its name
+    name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// `id=`, `name=`, `label=`, `scope=`, `dangling=` (may be repeated)
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    filter: Vec<String>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Print whole ids
+    #[arg(long)]
+    no_trunc: bool,
+    /// Print ids alone
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+const COLUMNS: &[(&str, &str)] =
+    &[("NETWORK ID", "ID"), ("NAME", "Name"), ("DRIVER", "Driver"), ("SCOPE", "Scope")];
+
+pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
+    match command {
+        Command::Create(args) => create(client, args).await,
+        Command::Ls(args) => list(client, args).await,
+        Command::Inspect { networks, verbose, format } => {
+            let query = if verbose { "?verbose=true" } else { "" };
+            let path = |name: &str| format!("/networks/{name}{query}");
+            let (found, failed) = inspect_all(client, &networks, path).await;
+            objects(&found, &format)?;
+            failed
+        }
+        Command::Rm { networks, force } => {
+            for_each(&networks, async |network| {
+                match client.delete(&format!("/networks/{}", escape(&network))).await {
+                    Err(err) if force && is_missing(&err) => Ok(()),
+                    Err(err) => Err(err),
+                    Ok(()) => say(network),
+                }
+            })
+            .await
+        }
+    }
+}
+
+fn is_missing(err: &anyhow::Error) -> bool {
+    err.downcast_ref::<crate::client::Refused>()
+        .is_some_and(|refused| refused.status == http::StatusCode::NOT_FOUND)
+}
+
+async fn create(client: &Client, args: CreateArgs) -> Result<()> {
+    let config = IpamConfig {
+        subnet: args.subnet,
+        ip_range: args.ip_range,
+        gateway: args.gateway,
+        ..IpamConfig::default()
+    };
+    let config = if config == IpamConfig::default() { Vec::new() } else { vec![config] };
+    let request = NetworkCreate {
+        name: args.name,
+        driver: args.driver,
+        ipam: Ipam { driver: "default".into(), options: None, config },
+        internal: args.internal,
+        attachable: args.attachable,
+        options: key_values(&args.opt).collect(),
+        labels: key_values(&args.label).collect(),
+        ..NetworkCreate::default()
+    };
+    let created: NetworkCreated = client.post("/networks/create", Some(&request)).await?;
+    if !created.warning.is_empty() {
+        eprintln!("{}", created.warning);
+    }
+    say(created.id)
+}
+
+async fn list(client: &Client, args: ListArgs) -> Result<()> {
+    let query = filter_query(&args.filter)?;
+    let mut networks: Vec<Network> = client.get(&format!("/networks?{query}")).await?;
+    networks.sort_by_key(|network| natural(&network.name));
+    let id = |network: &Network| {
+        if args.no_trunc { network.id.clone() } else { short(&network.id) }
+    };
+    if args.quiet {
+        return networks.iter().try_for_each(|network| say(id(network)));
+    }
+    let mut table = Table::new(COLUMNS);
+    for network in &networks {
+        table.row(vec![
+            id(network),
+            network.name.clone(),
+            network.driver.clone(),
+            network.scope.clone(),
+        ]);
+    }
+    table.print(args.format)
+}

@@ -1,0 +1,351 @@
+//! `meshctl service create`.
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use mesh_api::{
+    ContainerSpec, EndpointSpec, GlobalMode, NetworkTarget, Port, ReplicatedMode, RestartPolicy,
+    ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate,
+};
+
+use super::{duration, labels, progress, publish};
+use crate::{Usage, client::Client, output::say};
+
+/// The container label that chooses the executor.
+const RUNTIME_LABEL: &str = "mesh.runtime";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// A number of tasks, anywhere
+    Replicated,
+    /// One task on each node
+    Global,
+    #[value(hide = true)]
+    ReplicatedJob,
+    #[value(hide = true)]
+    GlobalJob,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Runtime {
+    /// A host binary in the task's own namespaces
+    Process,
+    #[value(hide = true)]
+    Oci,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RestartCondition {
+    None,
+    OnFailure,
+    Any,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EndpointMode {
+    /// One virtual address per network
+    Vip,
+    /// The addresses of the tasks
+    Dnsrr,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Its name, a DNS label
+    #[arg(long, default_value = "", hide_default_value = true)]
+    name: String,
+    /// How many tasks
+    #[arg(long, value_enum, default_value = "replicated")]
+    mode: Mode,
+    /// The number of tasks; 1 if not given
+    #[arg(long, value_name = "N")]
+    replicas: Option<u64>,
+    /// Join a network: NAME or name=NAME,alias=ALIAS (may be repeated)
+    #[arg(long, value_parser = publish::network, value_name = "NETWORK")]
+    network: Vec<NetworkTarget>,
+    /// Publish a port on every node: PUBLISHED:TARGET[/PROTOCOL], or
+    /// published=…,target=…,protocol=tcp|udp (may be repeated)
+    #[arg(short, long, value_parser = publish::parse, value_name = "PORT")]
+    publish: Vec<Vec<Port>>,
+    /// Set a variable; without a value, that of this environment (may be repeated)
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    env: Vec<String>,
+    /// A label of the service (may be repeated)
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    label: Vec<String>,
+    /// A label of its containers (may be repeated)
+    #[arg(long, value_name = "KEY=VALUE")]
+    container_label: Vec<String>,
+    /// Host name of its tasks
+    #[arg(long, default_value = "", hide_default_value = true)]
+    hostname: String,
+    /// Working directory
+    #[arg(short, long, default_value = "", hide_default_value = true, value_name = "DIR")]
+    workdir: String,
+    /// When an ended task is replaced; any if not given
+    #[arg(long, value_enum, value_name = "WHEN")]
+    restart_condition: Option<RestartCondition>,
+    /// Pause before the replacement starts; 5s if not given
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    restart_delay: Option<u64>,
+    /// Give up after this many
+    #[arg(long, value_name = "N")]
+    restart_max_attempts: Option<u64>,
+    /// Attempts are counted over this long
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    restart_window: Option<u64>,
+    /// Time between the stop signal and SIGKILL; 10s if not given
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    stop_grace_period: Option<u64>,
+    /// The signal that asks a task to end; SIGTERM if not given
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIGNAL")]
+    stop_signal: String,
+    /// How its name resolves
+    #[arg(long, value_enum, default_value = "vip")]
+    endpoint_mode: EndpointMode,
+    /// What runs its tasks; sets the container label mesh.runtime
+    #[arg(long, value_enum)]
+    runtime: Option<Runtime>,
+    /// Do not wait until the tasks run
+    #[arg(short, long)]
+    detach: bool,
+    /// No progress, the id alone
+    #[arg(short, long)]
+    quiet: bool,
+    /// Accepted for the stock CLI's sake: images are not resolved
+    #[arg(long, hide = true)]
+    no_resolve_image: bool,
+    /// The image, a mere label for processes; none if `--` comes here
+    #[arg(value_name = "IMAGE")]
+    first: Option<String>,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    rest: Vec<String>,
+}
+
+pub(super) async fn run(client: &Client, args: CreateArgs, raw: &[String]) -> Result<()> {
+    let (detach, quiet) = (args.detach, args.quiet);
+    let spec = spec(args, raw, |name| std::env::var(name).ok())?;
+    let created: ServiceCreated = client.post("/services/create", Some(&spec)).await?;
+    for warning in created.warnings.iter().flatten() {
+        eprintln!("warning: {warning}");
+    }
+    say(&created.id)?;
+    if detach { Ok(()) } else { progress::wait(client, &created.id, quiet).await }
+}
+
+fn spec(
+    args: CreateArgs,
+    raw: &[String],
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<ServiceSpec> {
+    let words: Vec<String> = args.first.iter().chain(&args.rest).cloned().collect();
+    let (image, command) = image_and_command(&words, raw);
+    let mut container_labels = labels(&args.container_label);
+    match args.runtime {
+        Some(Runtime::Process) => {
+            container_labels.insert(RUNTIME_LABEL.into(), "process".into());
+        }
+        Some(Runtime::Oci) => bail!(Usage(
+            "--runtime oci is not implemented yet by mesh: use --runtime process".to_owned()
+        )),
+        None => {}
+    }
+    let process = container_labels.get(RUNTIME_LABEL).is_some_and(|runtime| runtime == "process");
+    let image = match image {
+        Some(image) => image,
+        None if process => "process".to_owned(),
+        None => bail!(Usage(
+            "no image and no runtime given: use `--runtime process -- CMD…`".to_owned()
+        )),
+    };
+    let endpoint_mode = match args.endpoint_mode {
+        EndpointMode::Vip => "vip",
+        EndpointMode::Dnsrr => "dnsrr",
+    };
+    Ok(ServiceSpec {
+        name: if args.name.is_empty() { random_name() } else { args.name },
+        labels: labels(&args.label),
+        mode: mode(args.mode, args.replicas)?,
+        task_template: TaskTemplate {
+            container_spec: Some(ContainerSpec {
+                image,
+                labels: container_labels,
+                command: Vec::new(),
+                args: command,
+                hostname: args.hostname,
+                env: env(&args.env, environment),
+                dir: args.workdir,
+                stop_signal: args.stop_signal,
+                stop_grace_period: args.stop_grace_period,
+            }),
+            restart_policy: restart_policy(
+                args.restart_condition,
+                args.restart_delay,
+                args.restart_max_attempts,
+                args.restart_window,
+            ),
+            networks: args.network,
+            force_update: 0,
+            runtime: "container".into(),
+        },
+        networks: Vec::new(),
+        endpoint_spec: Some(EndpointSpec {
+            mode: endpoint_mode.into(),
+            ports: args.publish.into_iter().flatten().collect(),
+        }),
+    })
+}
+
+/// What follows `--` is the command alone; without `--` the first word is the image. clap drops the
+/// `--`, so the command line itself tells which it was.
+fn image_and_command(words: &[String], raw: &[String]) -> (Option<String>, Vec<String>) {
+    let escaped = raw.iter().position(|word| word == "--").map(|at| &raw[at + 1..]);
+    if escaped.is_some_and(|command| command == words) {
+        return (None, words.to_vec());
+    }
+    match words.split_first() {
+        None => (None, Vec::new()),
+        Some((image, command)) => {
+            let command = command.strip_prefix(&["--".to_owned()]).unwrap_or(command);
+            (Some(image.clone()), command.to_vec())
+        }
+    }
+}
+
+fn mode(mode: Mode, replicas: Option<u64>) -> Result<ServiceMode> {
+    match (mode, replicas) {
+        (Mode::Replicated, replicas) => Ok(ServiceMode {
+            replicated: Some(ReplicatedMode { replicas: Some(replicas.unwrap_or(1)) }),
+            global: None,
+        }),
+        (Mode::Global, None) => Ok(ServiceMode { replicated: None, global: Some(GlobalMode {}) }),
+        (Mode::Global, Some(_)) => {
+            bail!(Usage("--replicas goes with --mode replicated alone".to_owned()))
+        }
+        (Mode::ReplicatedJob | Mode::GlobalJob, _) => bail!(Usage(
+            "jobs (--mode replicated-job, global-job) are not implemented yet by mesh".to_owned()
+        )),
+    }
+}
+
+fn restart_policy(
+    condition: Option<RestartCondition>,
+    delay: Option<u64>,
+    max_attempts: Option<u64>,
+    window: Option<u64>,
+) -> Option<RestartPolicy> {
+    let word = match condition {
+        None => "",
+        Some(RestartCondition::None) => "none",
+        Some(RestartCondition::OnFailure) => "on-failure",
+        Some(RestartCondition::Any) => "any",
+    };
+    let policy = RestartPolicy { condition: word.into(), delay, max_attempts, window };
+    (policy != RestartPolicy::default()).then_some(policy)
+}
+
+/// `KEY` alone takes its value from here, and is left out where there is none, as Docker does.
+fn env(flags: &[String], environment: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let entry = |flag: &String| {
+        if flag.contains('=') {
+            Some(flag.clone())
+        } else {
+            environment(flag).map(|value| format!("{flag}={value}"))
+        }
+    };
+    flags.iter().filter_map(entry).collect()
+}
+
+/// A name for a service whose user gave none.
+fn random_name() -> String {
+    const LEFT: [&str; 8] = ["brave", "calm", "eager", "fond", "keen", "proud", "quiet", "witty"];
+    const RIGHT: [&str; 8] =
+        ["baker", "clerk", "diver", "miner", "piper", "rider", "smith", "weaver"];
+    let bits: u32 = rand::random();
+    let (left, right) = (bits as usize % 8, bits as usize / 8 % 8);
+    format!("{}_{}_{:04x}", LEFT[left], RIGHT[right], bits >> 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    fn parsed(line: &str) -> Result<ServiceSpec> {
+        let raw: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let cli = crate::Cli::try_parse_from(&raw)?;
+        let crate::Command::Service(crate::service::Command::Create(args)) = cli.command else {
+            panic!("not a create: {line}")
+        };
+        spec(*args, &raw, |name| (name == "HOME").then(|| "/root".to_owned()))
+    }
+
+    #[test]
+    fn the_labs_example_needs_no_image() {
+        let spec = parsed(
+            "meshctl service create --name web --replicas 3 --publish 8080:80 --network app \
+             --runtime process -- meshctl whoami --http 80",
+        )
+        .unwrap();
+        let container = spec.task_template.container_spec.unwrap();
+        assert_eq!(container.args, ["meshctl", "whoami", "--http", "80"]);
+        assert_eq!(container.labels["mesh.runtime"], "process");
+        assert_eq!(container.image, "process");
+        assert_eq!(spec.mode.replicated.unwrap().replicas, Some(3));
+        assert_eq!(spec.endpoint_spec.unwrap().ports[0].published_port, 8080);
+        assert_eq!(spec.task_template.networks[0].target, "app");
+    }
+
+    #[test]
+    fn the_stock_form_has_an_image() {
+        for line in [
+            "meshctl service create --name w --container-label mesh.runtime=process host sh -c -x",
+            "meshctl service create --name w --runtime process host -- sh -c -x",
+            "meshctl service create --name w --runtime process host sh -c -x",
+        ] {
+            let container = parsed(line).unwrap().task_template.container_spec.unwrap();
+            assert_eq!(container.image, "host", "{line}");
+            assert_eq!(container.args, ["sh", "-c", "-x"], "{line}");
+        }
+        let spec = parsed("meshctl service create --runtime process host sh -- x").unwrap();
+        assert_eq!(spec.task_template.container_spec.unwrap().args, ["sh", "--", "x"]);
+        assert!(!spec.name.is_empty());
+    }
+
+    #[test]
+    fn flags_become_fields() {
+        let spec = parsed(
+            "meshctl service create --name w --mode global -e A=b -e HOME -e NOSUCH -l x=y \
+             --restart-condition on-failure --restart-delay 1s --stop-signal SIGINT \
+             --stop-grace-period 3s --endpoint-mode dnsrr --hostname h -w /tmp --runtime process \
+             -- true",
+        )
+        .unwrap();
+        let container = spec.task_template.container_spec.unwrap();
+        assert_eq!(container.env, ["A=b", "HOME=/root"]);
+        assert_eq!((container.dir.as_str(), container.hostname.as_str()), ("/tmp", "h"));
+        assert_eq!(container.stop_grace_period, Some(3_000_000_000));
+        let restart = spec.task_template.restart_policy.unwrap();
+        assert_eq!(
+            (restart.condition.as_str(), restart.delay),
+            ("on-failure", Some(1_000_000_000))
+        );
+        assert!(spec.mode.global.is_some() && spec.mode.replicated.is_none());
+        assert_eq!(spec.endpoint_spec.unwrap().mode, "dnsrr");
+    }
+
+    #[test]
+    fn nonsense_is_a_usage_error() {
+        for line in [
+            "meshctl service create --name w",
+            "meshctl service create --name w -- true",
+            "meshctl service create --mode global --replicas 2 --runtime process -- true",
+            "meshctl service create --mode replicated-job --runtime process -- true",
+            "meshctl service create --runtime oci host true",
+        ] {
+            assert!(parsed(line).unwrap_err().is::<Usage>(), "{line}");
+        }
+        assert!(parsed("meshctl service create -p mode=host,target=80 x").is_err());
+    }
+}

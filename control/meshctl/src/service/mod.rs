@@ -1,0 +1,301 @@
+//! `meshctl service`.
+
+mod create;
+mod progress;
+mod ps;
+mod publish;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use mesh_api::{Map, Port, Service, ServiceSpec};
+use serde_json::{Value, json};
+
+use crate::{
+    Usage,
+    client::{Client, escape, filter_query},
+    output::{Format, InspectFormat, Table, error_text, for_each, natural, objects, say, short},
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a service
+    ///
+    /// A process: `--runtime process -- CMD…`, or as the stock CLI has it:
+    /// `--container-label mesh.runtime=process IMAGE CMD…`, where the image is only a label.
+    Create(Box<create::CreateArgs>),
+    /// List services
+    #[command(alias = "list")]
+    Ls(ListArgs),
+    /// List the tasks of services
+    Ps(ps::PsArgs),
+    /// Show all that is known of services
+    Inspect {
+        /// Names or ids
+        #[arg(required = true)]
+        services: Vec<String>,
+        #[command(flatten)]
+        format: InspectFormat,
+    },
+    /// Change the number of tasks of services
+    Scale {
+        /// Do not wait until the tasks run
+        #[arg(short, long)]
+        detach: bool,
+        /// `SERVICE=REPLICAS`
+        #[arg(required = true, value_name = "SERVICE=REPLICAS")]
+        services: Vec<String>,
+    },
+    /// Remove services and their tasks
+    #[command(alias = "remove")]
+    Rm {
+        /// Names or ids
+        #[arg(required = true)]
+        services: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// `id=`, `name=`, `label=`, `mode=` (may be repeated)
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    filter: Vec<String>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Print ids alone
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Result<()> {
+    match command {
+        Command::Create(args) => create::run(client, *args, raw).await,
+        Command::Ls(args) => list(client, args).await,
+        Command::Ps(args) => ps::run(client, args).await,
+        Command::Inspect { services, format } => {
+            let path = |name: &str| format!("/services/{name}?insertDefaults=true");
+            let (found, failed) = inspect_all(client, &services, path).await;
+            objects(&found, &format)?;
+            failed
+        }
+        Command::Scale { detach, services } => scale(client, detach, &services).await,
+        Command::Rm { services } => {
+            for_each(&services, async |service| {
+                client.delete(&format!("/services/{}", escape(&service))).await?;
+                say(service)
+            })
+            .await
+        }
+    }
+}
+
+const COLUMNS: &[(&str, &str)] = &[
+    ("ID", "ID"),
+    ("NAME", "Name"),
+    ("MODE", "Mode"),
+    ("REPLICAS", "Replicas"),
+    ("IMAGE", "Image"),
+    ("PORTS", "Ports"),
+];
+
+async fn list(client: &Client, args: ListArgs) -> Result<()> {
+    let query = filter_query(&args.filter)?;
+    let services: Vec<Service> = client.get(&format!("/services?status=true&{query}")).await?;
+    let mut services = services
+        .into_iter()
+        .map(|service| Ok((spec_of(&service)?, service)))
+        .collect::<Result<Vec<_>>>()?;
+    services.sort_by_key(|(spec, _)| natural(&spec.name));
+    if args.quiet {
+        return services.iter().try_for_each(|(_, service)| say(short(&service.id)));
+    }
+    let mut table = Table::new(COLUMNS);
+    for (spec, service) in services {
+        let status = service.service_status.unwrap_or_default();
+        let container = spec.task_template.container_spec.unwrap_or_default();
+        table.row(vec![
+            short(&service.id),
+            spec.name,
+            if spec.mode.global.is_some() { "global" } else { "replicated" }.to_owned(),
+            format!("{}/{}", status.running_tasks, status.desired_tasks),
+            image_name(&container.image),
+            ports(&service.endpoint.ports),
+        ]);
+    }
+    table.print(args.format)
+}
+
+/// The typed part of a service's spec.
+fn spec_of(service: &Service) -> Result<ServiceSpec> {
+    let mut spec = service.spec.clone();
+    strip_nulls(&mut spec);
+    serde_json::from_value(spec)
+        .with_context(|| format!("the spec of service {} is not understood", service.id))
+}
+
+/// A spec is echoed as it was sent, and Go clients send `null` for nothing.
+fn strip_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(strip_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(strip_nulls),
+        _ => {}
+    }
+}
+
+/// Without the digest, as Docker prints it.
+fn image_name(image: &str) -> String {
+    image.split_once('@').map_or(image, |(name, _)| name).to_owned()
+}
+
+/// `*:8080->80/tcp`.
+fn ports(ports: &[Port]) -> String {
+    let one =
+        |port: &Port| format!("*:{}->{}/{}", port.published_port, port.target_port, port.protocol);
+    ports.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// All objects that are found, and the last failure; earlier ones are printed.
+pub(crate) async fn inspect_all(
+    client: &Client,
+    names: &[String],
+    path: impl Fn(&str) -> String,
+) -> (Vec<Value>, Result<()>) {
+    let mut found = Vec::new();
+    let mut failed: Result<()> = Ok(());
+    for name in names {
+        match client.get(&path(&escape(name))).await {
+            Ok(object) => found.push(object),
+            Err(err) => {
+                if let Err(earlier) = std::mem::replace(&mut failed, Err(err)) {
+                    eprintln!("{}", error_text(&earlier));
+                }
+            }
+        }
+    }
+    (found, failed)
+}
+
+/// `KEY=VALUE` flags as a map; a key alone has an empty value.
+pub(crate) fn key_values(flags: &[String]) -> impl Iterator<Item = (String, String)> {
+    flags.iter().map(|flag| {
+        let (key, value) = flag.split_once('=').unwrap_or((flag, ""));
+        (key.to_owned(), value.to_owned())
+    })
+}
+
+/// Go's durations (`1h30m`, `500ms`, `1.5s`) in nanoseconds.
+pub(crate) fn duration(text: &str) -> Result<u64, String> {
+    let invalid =
+        || format!("`{text}` is not a duration: use a number and a unit, like 5s or 1m30s");
+    if text == "0" {
+        return Ok(0);
+    }
+    let mut rest = text;
+    let mut nanos = 0.0_f64;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(invalid)?;
+        let (number, tail) = rest.split_at(digits);
+        let end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(end);
+        let factor = match unit {
+            "ns" => 1.0,
+            "us" | "µs" => 1e3,
+            "ms" => 1e6,
+            "s" => 1e9,
+            "m" => 60e9,
+            "h" => 3600e9,
+            _ => return Err(invalid()),
+        };
+        nanos += number.parse::<f64>().map_err(|_| invalid())? * factor;
+        rest = tail;
+    }
+    // Go keeps durations in 63 bits.
+    if text.is_empty() || nanos > i64::MAX as f64 {
+        Err(invalid())
+    } else {
+        Ok(nanos.round() as u64)
+    }
+}
+
+async fn scale(client: &Client, detach: bool, pairs: &[String]) -> Result<()> {
+    let mut wanted = Vec::new();
+    for pair in pairs {
+        let parsed =
+            pair.split_once('=').and_then(|(name, n)| Some((name, n.parse::<u64>().ok()?)));
+        match parsed {
+            Some(pair) => wanted.push(pair),
+            None => bail!(Usage(format!(
+                "invalid scale specifier `{pair}`: expected SERVICE=REPLICAS, like web=3"
+            ))),
+        }
+    }
+    let mut ids = Vec::new();
+    for (name, replicas) in wanted {
+        ids.push(scale_one(client, name, replicas).await?);
+        say(format!("{name} scaled to {replicas}"))?;
+    }
+    if !detach {
+        for id in ids {
+            progress::wait(client, &id, false).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn scale_one(client: &Client, name: &str, replicas: u64) -> Result<String> {
+    let path = format!("/services/{}?insertDefaults=false", escape(name));
+    let service: Service = client.get(&path).await?;
+    let mut spec = service.spec;
+    if spec.pointer("/Mode/Replicated").is_none() {
+        bail!("service {name} is not replicated: scale works for replicated services alone");
+    }
+    spec["Mode"]["Replicated"]["Replicas"] = json!(replicas);
+    let update = format!("/services/{}/update?version={}", service.id, service.version.index);
+    let answer: Value = client.post(&update, Some(&spec)).await?;
+    warn(&answer["Warnings"]);
+    Ok(service.id)
+}
+
+/// Warnings of the daemon go to standard error.
+fn warn(warnings: &Value) {
+    for warning in warnings.as_array().into_iter().flatten().filter_map(Value::as_str) {
+        eprintln!("warning: {warning}");
+    }
+}
+
+/// The labels of `--label` flags.
+fn labels(flags: &[String]) -> Map {
+    key_values(flags).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_gos() {
+        assert_eq!(duration("5s"), Ok(5_000_000_000));
+        assert_eq!(duration("1m30s"), Ok(90_000_000_000));
+        assert_eq!(duration("1.5s"), Ok(1_500_000_000));
+        assert_eq!(duration("250ms"), Ok(250_000_000));
+        assert_eq!(duration("0"), Ok(0));
+        for bad in ["", "5", "s", "5x", "-1s", "5s3", "1e3s", "999999999999h", "1..2s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports_are_printed_as_dockers() {
+        let port = |published| Port {
+            protocol: "tcp".into(),
+            target_port: 80,
+            published_port: published,
+            ..Port::default()
+        };
+        assert_eq!(ports(&[port(8080), port(8081)]), "*:8080->80/tcp, *:8081->80/tcp");
+        assert_eq!(image_name("a:v1@sha256:00"), "a:v1");
+    }
+}
