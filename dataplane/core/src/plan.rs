@@ -9,7 +9,7 @@ use mesh_types::ids::EndpointId;
 
 use crate::{
     desired::Desired,
-    object::{Hook, Key, LinkRef, NetnsId, Program, Value},
+    object::{Hook, Key, LinkRef, NetnsId, Program, Value, Veth},
     slots,
 };
 
@@ -200,18 +200,19 @@ fn doomed_links(want: &BTreeMap<&Key, &Value>, seen: &BTreeMap<&Key, &Value>) ->
             _ => None,
         })
         .collect();
+    let in_the_way = |veth: &Veth| {
+        veth.netns.is_some_and(|netns| names.contains(&(netns, veth.ifname.as_str())))
+    };
     let mut doomed = Doomed::default();
     for (key, value) in seen {
         match (key, value, want.get(*key)) {
-            (Key::Veth(id), Value::Veth(is), Some(Value::Veth(should))) => {
-                if !is.can_become(should) {
-                    doomed.veths.insert(*id);
-                }
+            (Key::Veth(id), Value::Veth(is), Some(Value::Veth(should)))
+                if !is.can_become(should) =>
+            {
+                doomed.veths.insert(*id);
             }
-            (Key::Veth(id), Value::Veth(is), None) => {
-                if is.netns.is_some_and(|netns| names.contains(&(netns, is.ifname.as_str()))) {
-                    doomed.veths.insert(*id);
-                }
+            (Key::Veth(id), Value::Veth(is), None) if in_the_way(is) => {
+                doomed.veths.insert(*id);
             }
             (Key::Vxlan, Value::Vxlan(is), Some(Value::Vxlan(should))) => {
                 doomed.vxlan =

@@ -4,6 +4,8 @@
 //! operation at a time, and check both the end (it is what was desired, and nothing is left to do)
 //! and every step (no packet would find a reference that leads nowhere).
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_dataplane::{

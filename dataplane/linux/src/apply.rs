@@ -195,7 +195,12 @@ impl Apply<'_> {
 
     fn vxlan(&mut self, vxlan: &Vxlan, old: Option<&Value>) -> Result<(), OpError> {
         let Some(Value::Vxlan(_)) = old else {
-            rtnl::add_vxlan(self.socket, VXLAN_NAME, vxlan.port, vxlan.mtu.get())?;
+            match rtnl::add_vxlan(self.socket, VXLAN_NAME, vxlan.port, vxlan.mtu.get()) {
+                Err(error) if error.is(libc::EADDRINUSE) || error.is(libc::EEXIST) => {
+                    return Err(OpError::PortTaken(vxlan.port));
+                }
+                other => other?,
+            }
             let link = rtnl::link_named(self.socket, VXLAN_NAME)?.ok_or(OpError::NoLink)?;
             self.round.links.insert(LinkRef::Vxlan, link.index);
             let change = LinkChange { alias: Some(LINK_ALIAS), ..LinkChange::default() };

@@ -332,10 +332,4 @@ impl Drop for SharedArray {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn little_endian_is_assumed_by_link_info() {
-        assert!(cfg!(target_endian = "little"));
-    }
-}
+const _: () = assert!(cfg!(target_endian = "little"), "`link_info` reads words of two fields");

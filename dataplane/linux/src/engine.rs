@@ -272,7 +272,7 @@ impl Engine {
 
     fn round_now(&mut self) -> Report {
         match self.desired() {
-            Ok(desired) => self.reconcile_now(&desired),
+            Ok(desired) => self.reconcile_now(desired),
             Err(message) => {
                 let failures = vec![Failure { key: None, message }];
                 Report { failures, gone: self.gone(), ..Report::default() }
@@ -282,10 +282,10 @@ impl Engine {
 
     /// Brings the kernel to `desired`, continuing past failures.
     pub async fn reconcile(&mut self, desired: &Desired) -> Report {
-        blocking(|| self.reconcile_now(desired)).unwrap_or_else(Report::broken)
+        blocking(|| self.reconcile_now(desired.clone())).unwrap_or_else(Report::broken)
     }
 
-    fn reconcile_now(&mut self, desired: &Desired) -> Report {
+    fn reconcile_now(&mut self, desired: Desired) -> Report {
         let mut report = Report { gone: self.gone(), ..Report::default() };
         let paths: BTreeMap<NetnsId, PathBuf> = self
             .leases
@@ -295,7 +295,7 @@ impl Engine {
             .map(|lease| (lease.netns, lease.path.clone()))
             .collect();
         let round =
-            observe(&self.home, &mut self.socket, &self.bpf, &mut self.nft, &paths, desired);
+            observe(&self.home, &mut self.socket, &self.bpf, &mut self.nft, &paths, &desired);
         let mut round = match round {
             Ok(round) => round,
             Err(error) => {
@@ -304,7 +304,7 @@ impl Engine {
                 return report;
             }
         };
-        let plan = plan(desired, &round.observed);
+        let plan = plan(&desired, &round.observed);
         for refusal in &plan.refusals {
             report.failures.push(Failure { key: None, message: refusal.to_string() });
         }
@@ -316,8 +316,8 @@ impl Engine {
             round: &mut round,
         };
         let done = apply.all(&plan.ops, &mut report.failures);
-        self.account(&plan.ops, &done, desired, &mut report);
-        self.last = Some(desired.clone());
+        self.account(&plan.ops, &done, &desired, &mut report);
+        self.last = Some(desired);
         report
     }
 
@@ -485,7 +485,7 @@ impl Engine {
     }
 
     fn teardown_now(&mut self) -> Report {
-        let mut report = self.reconcile_now(&Desired::default());
+        let mut report = self.reconcile_now(Desired::default());
         if let Ok(underlay) = self.underlay() {
             // A filter of an earlier daemon is not known to be at this link.
             let uplink = Some(underlay.ifindex);

@@ -24,6 +24,9 @@ pub enum OpError {
     /// The task's namespace is gone or not attached.
     #[error("its network namespace is gone")]
     NoNetns,
+    /// Another VXLAN device or socket of the namespace has the port.
+    #[error("UDP port {0} is taken: remove what holds it, or choose another data path port")]
+    PortTaken(u16),
     /// The map has no room.
     #[error("the map is full: raise its size in the node's options")]
     MapFull,

@@ -132,13 +132,11 @@ fn parse_release(release: &str) -> (u32, u32) {
     (next(), next())
 }
 
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-
 /// Whether the directory, or the nearest one above it that exists, is on a bpffs.
 fn on_bpffs(path: &Path) -> bool {
     path.ancestors()
         .find_map(|above| nix::sys::statfs::statfs(above).ok())
-        .is_some_and(|stat| i64::from(stat.filesystem_type().0) == BPF_FS_MAGIC)
+        .is_some_and(|stat| stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
 }
 
 fn bpffs(pin_dir: &Path) -> Option<Missing> {

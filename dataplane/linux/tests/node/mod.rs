@@ -1,6 +1,6 @@
 //! A node and its tasks for tests.
 
-#![allow(dead_code, reason = "each test file uses some of it")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     collections::BTreeMap,
@@ -223,7 +223,7 @@ impl Node {
         Arc::new(set)
     }
 
-    fn map(&self, name: &str) -> RawMap {
+    pub(crate) fn map(&self, name: &str) -> RawMap {
         let path = self.pins.join(format!("v{}/maps/{name}", mesh_ebpf_abi::SCHEMA));
         RawMap::open(&path).expect("a pinned map")
     }
