@@ -13,7 +13,7 @@ use mesh_ebpf_abi::{
 };
 
 use crate::{
-    addr::wide,
+    addr::{copy, low, wide},
     hash::Tuple,
     wire::{PROTOCOL_TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
@@ -51,38 +51,134 @@ pub const fn key(kind: u8, vni: u32, tuple: &Tuple) -> FlowKey {
 
 /// The key of the other direction's entry; `None` if the flow has one entry only.
 ///
-/// For entries that these programs write, `partner` of the partner is the entry again.
+/// For entries that the programs write, the partner's partner is the entry again.
 #[inline(always)]
 #[must_use]
 pub const fn partner(key: &FlowKey, value: &FlowValue) -> Option<FlowKey> {
+    let mut out = *key;
+    if write_partner(key, value, &mut out) { Some(out) } else { None }
+}
+
+/// [`partner`] in place, for BPF's small stack; `false`: there is none.
+#[inline(always)]
+#[must_use]
+pub const fn write_partner(key: &FlowKey, value: &FlowValue, out: &mut FlowKey) -> bool {
+    write_partner_of(key.kind, key, value, out)
+}
+
+/// [`write_partner`] of a key whose kind is known.
+#[inline(always)]
+#[must_use]
+pub const fn write_partner_of(
+    kind: u8,
+    key: &FlowKey,
+    value: &FlowValue,
+    out: &mut FlowKey,
+) -> bool {
     if value.state & FLOW_STATE_ALONE != 0 {
-        return None;
+        return false;
     }
-    let (kind, src, dst, sport_be, dport_be) = match key.kind {
+    out.vni = key.vni;
+    out.protocol = key.protocol;
+    out.pad = 0;
+    match kind {
         FLOW_VIP if value.state & FLOW_STATE_HAIRPIN != 0 => {
-            (FLOW_VIP, key.src, key.dst, key.dport_be, key.sport_be)
+            out.kind = FLOW_VIP;
+            out.src = copy(&key.src);
+            out.dst = copy(&key.dst);
+            out.sport_be = key.dport_be;
+            out.dport_be = key.sport_be;
         }
-        FLOW_VIP => (FLOW_VIP_REPLY, value.addr, key.src, value.port_be, value.client_port_be),
-        FLOW_MESH => (FLOW_MESH_REPLY, value.addr, key.src, value.port_be, value.client_port_be),
-        FLOW_VIP_REPLY => (FLOW_VIP, key.dst, value.addr, value.client_port_be, value.port_be),
-        FLOW_MESH_REPLY => (FLOW_MESH, key.dst, value.addr, value.client_port_be, value.port_be),
+        FLOW_VIP | FLOW_MESH => {
+            out.kind = if kind == FLOW_VIP { FLOW_VIP_REPLY } else { FLOW_MESH_REPLY };
+            out.src = copy(&value.addr);
+            out.dst = copy(&key.src);
+            out.sport_be = value.port_be;
+            out.dport_be = value.client_port_be;
+        }
+        FLOW_VIP_REPLY | FLOW_MESH_REPLY => {
+            out.kind = if kind == FLOW_VIP_REPLY { FLOW_VIP } else { FLOW_MESH };
+            out.src = copy(&key.dst);
+            out.dst = copy(&value.addr);
+            out.sport_be = value.client_port_be;
+            out.dport_be = value.port_be;
+        }
         // A task's call to its own node: the node's address stands for the task's.
-        FLOW_SELF => (FLOW_SELF_REPLY, key.dst, key.dst, key.dport_be, value.client_port_be),
-        FLOW_SELF_REPLY => {
-            (FLOW_SELF, value.addr, key.src, value.client_port_be, key.sport_be)
+        FLOW_SELF => {
+            out.kind = FLOW_SELF_REPLY;
+            out.src = copy(&key.dst);
+            out.dst = copy(&key.dst);
+            out.sport_be = key.dport_be;
+            out.dport_be = value.client_port_be;
         }
-        _ => return None,
-    };
-    Some(FlowKey {
-        src,
-        dst,
-        vni: key.vni,
-        sport_be,
-        dport_be,
-        protocol: key.protocol,
-        kind,
-        pad: 0,
-    })
+        FLOW_SELF_REPLY => {
+            out.kind = FLOW_SELF;
+            out.src = copy(&value.addr);
+            out.dst = copy(&key.src);
+            out.sport_be = value.client_port_be;
+            out.dport_be = key.sport_be;
+        }
+        _ => return false,
+    }
+    true
+}
+
+/// The other direction's entry, made from one of them. With [`partner`] it puts back what the LRU
+/// evicted; which also makes the second entry of a new flow.
+#[inline(always)]
+#[must_use]
+pub const fn partner_value(key: &FlowKey, value: &FlowValue) -> FlowValue {
+    let mut out = *value;
+    write_partner_value(key, value, &mut out);
+    out
+}
+
+/// [`partner_value`] in place.
+#[inline(always)]
+pub const fn write_partner_value(key: &FlowKey, value: &FlowValue, out: &mut FlowValue) {
+    write_partner_value_of(key.kind, key, value, out);
+}
+
+/// [`write_partner_value`] of a key whose kind is known.
+#[inline(always)]
+pub const fn write_partner_value_of(
+    kind: u8,
+    key: &FlowKey,
+    value: &FlowValue,
+    out: &mut FlowValue,
+) {
+    let reply = is_reply(kind);
+    if value.state & FLOW_STATE_HAIRPIN != 0 {
+        out.addr = copy(&value.addr);
+    } else if reply || kind == FLOW_SELF {
+        out.addr = copy(&key.src);
+    } else {
+        out.addr = copy(&key.dst);
+    }
+    out.endpoint = value.endpoint;
+    out.node = value.node;
+    out.last_ns = value.last_ns;
+    out.port_be = if reply { key.sport_be } else { key.dport_be };
+    out.client_port_be = if reply { key.dport_be } else { key.sport_be };
+    out.state = value.state & !FLOW_STATE_REPLIED;
+    out.pad = 0;
+}
+
+/// Whether two entries of one key belong to the same flow.
+#[inline(always)]
+#[must_use]
+pub const fn is_same(a: &FlowValue, b: &FlowValue) -> bool {
+    low(&a.addr) == low(&b.addr)
+        && a.port_be == b.port_be
+        && a.client_port_be == b.client_port_be
+        && a.endpoint == b.endpoint
+}
+
+/// Whether a flow in this state ends: both sides have closed it.
+#[inline(always)]
+#[must_use]
+pub const fn is_closed(state: u16) -> bool {
+    state & CLOSED == CLOSED
 }
 
 /// Whether entries of this kind are of replies.
@@ -114,11 +210,18 @@ pub enum Step {
     Remove,
 }
 
+/// Whether TCP flags can change the state of an established flow.
+#[inline(always)]
+#[must_use]
+pub const fn changes_state(flags: u8) -> bool {
+    flags & (TCP_SYN | TCP_FIN | TCP_RST) != 0
+}
+
 /// What a packet of an *established* flow does to it. `flags` are TCP's; 0 for other protocols.
 #[inline(always)]
 #[must_use]
 pub const fn established(state: u16, reply: bool, flags: u8) -> Step {
-    if flags & (TCP_SYN | TCP_FIN | TCP_RST) == 0 {
+    if !changes_state(flags) {
         return Step::Keep;
     }
     if flags & TCP_RST != 0 {

@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    ADDR_ENDPOINT, AddrKey, Config, Counter, PORT_GATEWAY, Port,
+    ADDR_ENDPOINT, AddrKey, Config, Counter, Endpoint, PORT_GATEWAY, Port,
 };
 use mesh_ebpf_core::{
     addr, arp, guard,
@@ -13,12 +13,14 @@ use mesh_ebpf_core::{
 use crate::{
     maps::{ADDRESSES, ENDPOINTS, PORTS, config, count, get},
     packet::{
-        self, Ip, L3, PASS, Verdict, header, ifindex, parse, parse_len, pull, read, segment,
-        to_link, to_peer, to_remote, write,
+        self, Ip, L3, Verdict, Way, header, ifindex, oversize, parse, parse_len, pull,
+        read, to_link, to_peer, write,
     },
+    mesh, vip,
 };
 
-pub fn run(ctx: &TcContext) -> Verdict {
+#[inline(always)]
+pub fn run(ctx: &TcContext, way: &mut Way) -> Verdict {
     let port = get!(PORTS, &ifindex(ctx)).ok_or(Counter::DropNoEndpoint)?;
     // An ARP packet has 42 bytes, and so has the shortest datagram: fewer headers are nothing.
     if header::<[u8; 42]>(ctx, 0).is_none() {
@@ -37,34 +39,56 @@ pub fn run(ctx: &TcContext) -> Verdict {
         let ipv6 = eth.ethertype_be == ETHERTYPE_IPV6.to_be();
         return Err(if ipv6 { Counter::DropIpv6 } else { Counter::DropEtherType });
     }
-    let ip = parse(ctx, L3)?;
+    let mut ip = parse(ctx, L3)?;
     guard::source_addr(port, ip.tuple.src)?;
     let config = config()?;
     if port.flags & PORT_GATEWAY != 0 {
-        count(Counter::ToHost);
-        return Ok(PASS);
+        return mesh::from_gateway(ctx, config, port, &mut ip, way);
     }
-    if dst.kind() != mac::ENDPOINT || dst.id() == 0 {
+    if dst == Mac::GATEWAY {
+        return vip::from_client(ctx, config, port, &mut ip, way);
+    }
+    if dst.kind() != mac::ENDPOINT {
         return Err(Counter::DropNoEndpoint);
     }
-    unicast(ctx, config, port, &ip, dst)
+    unicast(ctx, config, port, &mut ip, way, dst)
 }
 
 /// To an endpoint of the sender's network.
 #[inline(always)]
-fn unicast(ctx: &TcContext, config: &Config, port: &Port, ip: &Ip, dst: Mac) -> Verdict {
+fn unicast(
+    ctx: &TcContext,
+    config: &Config,
+    port: &Port,
+    ip: &mut Ip,
+    way: &mut Way,
+    dst: Mac,
+) -> Verdict {
     let endpoint = get!(ENDPOINTS, &dst.id()).ok_or(Counter::DropNoEndpoint)?;
     guard::destination(endpoint, port.vni, ip.tuple.dst)?;
     if endpoint.ifindex != 0 {
-        count(Counter::ToLocal);
-        return to_peer(ctx, config, endpoint.ifindex);
+        return to_local(ctx, config, port, ip, endpoint);
     }
-    let len = ctx.len().saturating_sub(L3 as u32);
-    if !guard::fits(len, segment(ctx), u32::from(ip.headers), port.mtu) {
-        return Err(Counter::DropTooBig);
+    if let Some(verdict) = oversize(ctx, ip, port.mtu) {
+        return verdict;
     }
     count(Counter::ToTunnel);
-    to_remote(ctx, config, port.vni, ip, dst, Mac::new(mac::ENDPOINT, port.endpoint), endpoint)
+    let src = Mac::new(mac::ENDPOINT, port.endpoint);
+    way.lead(port.vni, dst, src, endpoint, ip)
+}
+
+/// To an endpoint on this node.
+#[inline(always)]
+pub fn to_local(
+    ctx: &TcContext,
+    config: &Config,
+    port: &Port,
+    ip: &mut Ip,
+    endpoint: &Endpoint,
+) -> Verdict {
+    count(Counter::ToLocal);
+    vip::to_client(ctx, endpoint.ifindex, port.vni, ip)?;
+    to_peer(ctx, config, endpoint.ifindex)
 }
 
 /// ARP is answered here, or not at all.

@@ -11,6 +11,8 @@ use mesh_ebpf_abi::{
     PublishedKey, Service, VIP_CLIENTS_CAPACITY,
 };
 
+use crate::flows::Scratch;
+
 /// Entries of the maps that user space fills. They are allocated as they are needed.
 const RECORDS: u32 = 1 << 16;
 /// Established flows: two entries each, allocated at once (about 150 bytes an entry), so that a
@@ -52,6 +54,8 @@ pub static FLOWS_NEW: LruHashMap<FlowKey, FlowValue> =
     LruHashMap::with_max_entries(NEW_FLOW_ENTRIES, 0);
 #[map]
 pub static VIP_CLIENTS: Array<u64> = Array::with_max_entries(VIP_CLIENTS_CAPACITY, 0);
+#[map]
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 
 /// A look-up whose result is only read.
 macro_rules! get {
@@ -64,10 +68,25 @@ macro_rules! get {
 }
 pub(crate) use get;
 
+/// An index of [`COUNTERS`].
+pub struct Index(u32);
+
+impl From<Counter> for Index {
+    fn from(counter: Counter) -> Self {
+        Self(counter as u32)
+    }
+}
+
+impl From<u32> for Index {
+    fn from(index: u32) -> Self {
+        Self(index)
+    }
+}
+
 /// Counts a packet.
 #[inline(always)]
-pub fn count(counter: Counter) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+pub fn count(counter: impl Into<Index>) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter.into().0) {
         // SAFETY: the entry is this CPU's own, and programs on one CPU do not preempt one another.
         unsafe { *value = (*value).wrapping_add(1) }
     }

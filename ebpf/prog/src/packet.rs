@@ -1,33 +1,41 @@
 //! Packet memory: bounds, parsing, rewriting, redirecting.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
         BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ZERO_CSUM_TX, TC_ACT_OK,
-        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
+        bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
     bpf_f_adj_room_encap_l2,
     helpers::generated as bpf,
     programs::TcContext,
 };
-use mesh_ebpf_abi::{CONFIG_CHANGE_TYPE, CONFIG_VIA_DEVICE, Config, Counter, ENCAP_LEN_V4, Endpoint};
+use mesh_ebpf_abi::{CONFIG_CHANGE_TYPE, CONFIG_VIA_DEVICE, Config, Counter, ENCAP_LEN_V4, Endpoint, FlowKey};
 use mesh_ebpf_core::{
-    addr, hash,
+    addr, flow, guard, hash, icmp,
     hash::Tuple,
     mac::Mac,
     tunnel::{self, Encap},
     wire::{
-        ETHERTYPE_IPV4, EthHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ports,
+        ETHERTYPE_IPV4, EthHeader, IcmpHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ports,
         TcpHeader, UdpHeader, VxlanHeader,
     },
 };
 
-/// What a program decides: an action, or the reason of a drop.
+use crate::maps::count;
+
+/// What a program decides: an action (of the classifier, or what a redirecting helper gave), or the
+/// reason of a drop.
 pub type Verdict = Result<i32, Counter>;
 
 /// On to the stack.
 pub const PASS: i32 = TC_ACT_OK;
+/// Into the tunnel, by the [`Way`] that was filled in. Only [`encapsulate`] at the end of a program
+/// does that: its stack and the verifier's steps are spent once.
+pub const TUNNEL: i32 = 0x100;
 /// Length of the Ethernet header, and so the place of IP.
 pub const L3: usize = EthHeader::LEN;
 /// The place of what follows IPv4 without options.
@@ -116,9 +124,24 @@ pub struct Ip {
     pub dont_fragment: bool,
     /// Ports, flags and type above were read: no options are in the way.
     pub has_l4: bool,
-    pub total_len: u16,
     /// Bytes of IP and transport headers.
     pub headers: u16,
+    /// Room for the key of the look-up at hand: one for all, since the stack has no more.
+    slot: MaybeUninit<FlowKey>,
+}
+
+impl Ip {
+    /// The key of the packet's flow.
+    #[inline(always)]
+    pub fn key(&mut self, kind: u8, vni: u32) -> &FlowKey {
+        self.slot.write(flow::key(kind, vni, &self.tuple))
+    }
+
+    /// The key of the flow that this packet answers.
+    #[inline(always)]
+    pub fn reversed_key(&mut self, kind: u8, vni: u32) -> &FlowKey {
+        self.slot.write(flow::key(kind, vni, &icmp::reversed(&self.tuple)))
+    }
 }
 
 /// Parses the IPv4 packet at `offset`, of which at least 28 bytes must be linear.
@@ -142,8 +165,8 @@ pub fn parse(ctx: &TcContext, offset: usize) -> Result<Ip, Counter> {
         icmp: [0; 2],
         dont_fragment: ip.dont_fragment(),
         has_l4: false,
-        total_len: u16::from_be(ip.total_len_be),
         headers: ip.header_len(),
+        slot: MaybeUninit::uninit(),
     };
     if ip.has_options() {
         return Ok(parsed);
@@ -207,30 +230,66 @@ pub fn to_route(config: &Config) -> Verdict {
     Ok(action as i32)
 }
 
-/// Into the tunnel to an endpoint's node.
+/// The way to another node.
+pub struct Way {
+    pub vni: u32,
+    /// Of the inner Ethernet header.
+    pub dst: Mac,
+    /// Of the inner Ethernet header.
+    pub src: Mac,
+    pub vtep: u32,
+    pub next_hop: u32,
+    /// The inner flow's hash.
+    pub hash: u32,
+    /// The inner DSCP and ECN.
+    pub tos: u8,
+}
+
+impl Way {
+    /// To an endpoint's node.
+    #[inline(always)]
+    pub fn lead(
+        &mut self,
+        vni: u32,
+        dst: Mac,
+        src: Mac,
+        endpoint: &Endpoint,
+        ip: &Ip,
+    ) -> Verdict {
+        let (vtep, next_hop) = (addr::low(&endpoint.vtep), addr::low(&endpoint.next_hop));
+        let hash = hash::flow(&ip.tuple);
+        *self = Self { vni, dst, src, vtep, next_hop, hash, tos: ip.tos };
+        Ok(TUNNEL)
+    }
+}
+
+/// Into the tunnel to another node.
 #[inline(always)]
-pub fn to_tunnel(
-    ctx: &TcContext,
-    config: &Config,
-    vni: u32,
-    ip: &Ip,
-    dst: Mac,
-    src: Mac,
-    vtep: u32,
-    next_hop: u32,
-) -> Verdict {
+pub fn encapsulate(ctx: &TcContext, config: &Config, way: &Way) -> Verdict {
+    let local = addr::low(&config.vtep);
+    if way.vtep == local {
+        // An endpoint of ours whose link is not there (yet, or any more).
+        return Err(Counter::DropNoEndpoint);
+    }
+    if way.vtep == 0 {
+        return Err(Counter::DropNoNode);
+    }
     if config.flags & CONFIG_VIA_DEVICE != 0 {
-        write(ctx, 0, tunnel::ethernet(dst, src))?;
-        return via_device(ctx, config, vni, vtep);
+        write(ctx, 0, tunnel::ethernet(way.dst, way.src))?;
+        if set_tunnel_key(ctx, way.vni, way.vtep, local) == 0 {
+            return Err(Counter::DropHelper);
+        }
+        // SAFETY: no memory is handed over.
+        return Ok(unsafe { bpf::bpf_redirect(config.vxlan_ifindex, 0) } as i32);
     }
     let (outer, udp, vxlan) = tunnel::outer(&Encap {
-        src: addr::low(&config.vtep),
-        dst: vtep,
-        vni,
+        src: local,
+        dst: way.vtep,
+        vni: way.vni,
         port_be: config.vxlan_port_be,
-        hash: hash::flow(&ip.tuple),
+        hash: way.hash,
         inner_len: (ctx.len() as u16).wrapping_sub(L3 as u16),
-        inner_tos: ip.tos,
+        inner_tos: way.tos,
     });
     let flags = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 as u64
         | BPF_F_ADJ_ROOM_ENCAP_L4_UDP as u64
@@ -238,86 +297,132 @@ pub fn to_tunnel(
         | BPF_F_ADJ_ROOM_FIXED_GSO as u64
         | bpf_f_adj_room_encap_l2(EthHeader::LEN as u64);
     ctx.adjust_room(ENCAP as i32, BPF_ADJ_ROOM_MAC, flags).map_err(|_| Counter::DropHelper)?;
-    write(ctx, L3 + ENCAP - EthHeader::LEN, tunnel::ethernet(dst, src))?;
+    write(ctx, L3 + ENCAP - EthHeader::LEN, tunnel::ethernet(way.dst, way.src))?;
     write(ctx, L3, outer)?;
     write(ctx, L4, udp)?;
     write(ctx, L4 + UdpHeader::LEN, vxlan)?;
-    let mut params = bpf_redir_neigh {
-        nh_family: AF_INET,
-        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [next_hop, 0, 0, 0] },
-    };
+    let mut params =
+        NextHop { family: AF_INET, addr: way.next_hop, rest_low: 0, rest_high: 0, last: 0 };
     // SAFETY: the parameters live across the call, and their size is given.
     let action = unsafe {
         bpf::bpf_redirect_neigh(
             config.uplink_ifindex,
-            &raw mut params,
-            size_of::<bpf_redir_neigh>() as i32,
+            (&raw mut params).cast(),
+            size_of::<NextHop>() as i32,
             0,
         )
     };
     Ok(action as i32)
 }
 
-/// `struct bpf_tunnel_key` with the source address that 6.0 added (include/uapi/linux/bpf.h).
-#[repr(C)]
-pub struct TunnelKey {
-    pub id: u32,
-    /// Host order.
-    pub remote: [u32; 4],
-    pub tos: u8,
-    pub ttl: u8,
-    pub ext: u16,
-    pub label: u32,
-    /// Host order.
-    pub local: [u32; 4],
+/// `None`: the packet fits. Else it is dropped, and its sender told where it asked to be.
+#[inline(always)]
+pub fn oversize(ctx: &TcContext, ip: &Ip, mtu: u32) -> Option<Verdict> {
+    let len = ctx.len().saturating_sub(L3 as u32);
+    if guard::fits(len, segment(ctx), u32::from(ip.headers), mtu) {
+        return None;
+    }
+    if !ip.dont_fragment {
+        return Some(Err(Counter::DropTooBig));
+    }
+    if too_big(ctx, mtu) == 0 {
+        return Some(Err(Counter::DropHelper));
+    }
+    count(Counter::TooBigSent);
+    Some(to_link(ifindex(ctx)))
 }
 
-/// Encapsulation by the VXLAN device: the fallback.
+/// Turns a packet into the error about it, addressed to its sender as if from its destination.
+/// Gives 0 if that fails.
+#[inline(never)]
+fn too_big(ctx: &TcContext, mtu: u32) -> u32 {
+    u32::from(write_too_big(ctx, mtu).is_some())
+}
+
 #[inline(always)]
-fn via_device(ctx: &TcContext, config: &Config, vni: u32, vtep: u32) -> Verdict {
-    let mut key = TunnelKey {
-        id: vni,
-        remote: [u32::from_be(vtep), 0, 0, 0],
-        tos: 0,
-        ttl: 64,
-        ext: 0,
-        label: 0,
-        local: [u32::from_be(addr::low(&config.vtep)), 0, 0, 0],
-    };
-    // SAFETY: the key lives across the call, and its size is given.
+fn write_too_big(ctx: &TcContext, mtu: u32) -> Option<()> {
+    let eth: EthHeader = read(ctx, 0)?;
+    let quote: [u32; icmp::QUOTE / 4] = read(ctx, L3)?;
+    let [_, _, _, src, dst, ..] = quote;
+    let len = L3 as u32 + u32::from(icmp::ERROR_LEN);
+    // SAFETY: takes the context and plain numbers.
+    if unsafe { bpf::bpf_skb_change_tail(skb(ctx), len, 0) } != 0 {
+        return None;
+    }
+    pull(ctx, len as usize);
+    let (ip, message) = icmp::too_big(dst, src, mtu as u16, &quote);
+    write(ctx, L4 + IcmpHeader::LEN, quote).ok()?;
+    write(ctx, L4, message).ok()?;
+    write(ctx, L3, ip).ok()?;
+    write(ctx, 0, EthHeader { dst: eth.src, src: eth.dst, ..eth }).ok()
+}
+
+/// Tells the VXLAN device, our fallback, where to. Gives 0 if that fails.
+#[inline(never)]
+fn set_tunnel_key(ctx: &TcContext, vni: u32, vtep: u32, local: u32) -> u32 {
+    let mut key = MaybeUninit::<TunnelKey>::uninit();
+    let at: *mut u32 = key.as_mut_ptr().cast();
+    let ttl = u32::from_ne_bytes([0, 64, 0, 0]);
+    // SAFETY: these are the key's eleven words. Volatile, since LLVM would clear those that are zero
+    // with a call to `memset`. The key lives across the call, and its size is given.
     let result = unsafe {
+        at.write_volatile(vni);
+        at.add(1).write_volatile(u32::from_be(vtep));
+        at.add(2).write_volatile(0);
+        at.add(3).write_volatile(0);
+        at.add(4).write_volatile(0);
+        at.add(5).write_volatile(ttl);
+        at.add(6).write_volatile(0);
+        at.add(7).write_volatile(u32::from_be(local));
+        at.add(8).write_volatile(0);
+        at.add(9).write_volatile(0);
+        at.add(10).write_volatile(0);
         bpf::bpf_skb_set_tunnel_key(
             skb(ctx),
-            (&raw mut key).cast(),
+            at.cast(),
             size_of::<TunnelKey>() as u32,
             u64::from(BPF_F_ZERO_CSUM_TX) | BPF_F_DONT_FRAGMENT,
         )
     };
-    if result != 0 {
-        return Err(Counter::DropHelper);
-    }
-    to_link(config.vxlan_ifindex)
+    u32::from(result == 0)
 }
 
 /// Who sent a packet that the VXLAN device received: the outer source and the VNI.
 #[inline(always)]
 pub fn tunnel_source(ctx: &TcContext) -> Result<(u32, u32), Counter> {
-    let mut key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0, local: [0; 4] };
-    // SAFETY: as above.
-    let result = unsafe {
-        bpf::bpf_skb_get_tunnel_key(
-            skb(ctx),
-            (&raw mut key).cast(),
-            size_of::<TunnelKey>() as u32,
-            0,
-        )
+    let mut key = MaybeUninit::<TunnelKey>::uninit();
+    // SAFETY: the helper fills the key, whose size is given, or clears it and fails.
+    let (result, key) = unsafe {
+        let at = key.as_mut_ptr();
+        let size = size_of::<TunnelKey>() as u32;
+        (bpf::bpf_skb_get_tunnel_key(skb(ctx), at.cast(), size, 0), key.assume_init_ref())
     };
     if result != 0 {
         return Err(Counter::DropTunnelSource);
     }
-    let [remote, ..] = key.remote;
-    Ok((remote.to_be(), key.id))
+    Ok((key.remote.to_be(), key.id))
 }
+
+/// `struct bpf_redir_neigh` of include/uapi/linux/bpf.h.
+#[repr(C)]
+struct NextHop {
+    family: u32,
+    addr: u32,
+    rest_low: u32,
+    rest_high: u32,
+    last: u32,
+}
+
+/// `struct bpf_tunnel_key` of include/uapi/linux/bpf.h, with the source address that 6.0 added.
+#[repr(C)]
+struct TunnelKey {
+    id: u32,
+    /// Host order.
+    remote: u32,
+    /// The rest of an IPv6 address; TOS, TTL, flags; label; the source, host order, and its rest.
+    others: [u32; 9],
+}
+const _: () = assert!(size_of::<TunnelKey>() == 44 && size_of::<NextHop>() == 20);
 
 /// The outer headers of a tunnel packet that came in directly.
 #[derive(Clone, Copy)]
@@ -340,26 +445,4 @@ pub fn strip(ctx: &TcContext, eth: EthHeader) -> Result<(), Counter> {
 #[inline(always)]
 pub fn is_ipv4(eth: &EthHeader) -> bool {
     eth.ethertype_be == ETHERTYPE_IPV4.to_be()
-}
-
-/// To an endpoint elsewhere.
-#[inline(always)]
-pub fn to_remote(
-    ctx: &TcContext,
-    config: &Config,
-    vni: u32,
-    ip: &Ip,
-    dst: Mac,
-    src: Mac,
-    endpoint: &Endpoint,
-) -> Verdict {
-    if endpoint.node == config.node {
-        // Ours, and its link is not there (yet, or any more).
-        return Err(Counter::DropNoEndpoint);
-    }
-    let (vtep, next_hop) = (addr::low(&endpoint.vtep), addr::low(&endpoint.next_hop));
-    if vtep == 0 {
-        return Err(Counter::DropNoNode);
-    }
-    to_tunnel(ctx, config, vni, ip, dst, src, vtep, next_hop)
 }

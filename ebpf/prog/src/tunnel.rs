@@ -3,18 +3,20 @@
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{CONFIG_VIA_DEVICE, Config, Counter};
 use mesh_ebpf_core::{
-    addr, guard,
+    addr, guard, icmp,
     mac::{self, Mac},
     tunnel,
-    wire::{EthHeader, Ipv4Header, PROTOCOL_UDP},
+    wire::{EthHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_UDP},
 };
 
 use crate::{
     maps::{ENDPOINTS, VTEPS, config, count, get},
+    mesh,
     packet::{
-        ENCAP, Ip, L3, Outer, PASS, Verdict, header, is_ipv4, is_to_host, parse, parse_len, pull,
+        ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len, pull,
         read, strip, to_peer, tunnel_source, write,
     },
+    vip,
 };
 
 /// A frame that a tunnel brought.
@@ -27,7 +29,8 @@ pub struct Frame {
     pub tos: u8,
 }
 
-pub fn from_uplink(ctx: &TcContext) -> Verdict {
+#[inline(always)]
+pub fn from_uplink(ctx: &TcContext, way: &mut Way) -> Verdict {
     // Nothing here is for us unless it is IPv4 that was sent to this host.
     let config = config()?;
     if !is_to_host(ctx) {
@@ -53,10 +56,36 @@ pub fn from_uplink(ctx: &TcContext) -> Verdict {
         let frame = Frame { eth, vni, vtep: outer.ip.src, tos: outer.ip.tos };
         return receive::<true>(ctx, config, &frame);
     }
-    Ok(PASS)
+    mesh_ingress(ctx, config, &outer, way)
 }
 
-pub fn from_vxlan(ctx: &TcContext) -> Verdict {
+/// What is no tunnel packet: published ports, else the host's own.
+#[inline(always)]
+fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) -> Verdict {
+    if outer.ip.protocol == PROTOCOL_ICMP {
+        let Ok(ip) = parse(ctx, L3) else { return Ok(PASS) };
+        if ip.has_l4 && icmp::is_error(ip.icmp[0]) {
+            return mesh::error_from_client(ctx, config, &ip, way).unwrap_or(Ok(PASS));
+        }
+        return Ok(PASS);
+    }
+    // Later fragments have no ports to look at: the stack drops them, since it never gets the first.
+    let later = outer.ip.frag_be & 0x1fff_u16.to_be() != 0;
+    if outer.ip.has_options() || later {
+        return Ok(PASS);
+    }
+    let Some(published) =
+        mesh::published(outer.ip.protocol, outer.udp.dport_be, outer.ip.dst)
+    else {
+        return Ok(PASS);
+    };
+    pull(ctx, parse_len(L3));
+    let mut ip = parse(ctx, L3)?;
+    mesh::ingress(ctx, config, &mut ip, way, published)
+}
+
+#[inline(always)]
+pub fn from_vxlan(ctx: &TcContext, _way: &mut Way) -> Verdict {
     let config = config()?;
     let (vtep, vni) = tunnel_source(ctx)?;
     pull(ctx, parse_len(L3));
@@ -70,10 +99,16 @@ fn receive<const DIRECT: bool>(ctx: &TcContext, config: &Config, frame: &Frame) 
     if !is_ipv4(&frame.eth) {
         return Err(unknown(frame, Counter::DropEtherType));
     }
-    let ip = parse(ctx, if DIRECT { L3 + ENCAP } else { L3 })?;
     let dst = Mac::from_words(frame.eth.dst);
+    if DIRECT && dst.kind() == mac::MESH_RETURN {
+        // For the VXLAN device, and `from_vxlan` there.
+        return Ok(PASS);
+    }
+    let mut ip = parse(ctx, if DIRECT { L3 + ENCAP } else { L3 })?;
     match dst.kind() {
-        mac::ENDPOINT => unicast::<DIRECT>(ctx, config, frame, &ip, dst),
+        mac::ENDPOINT => unicast::<DIRECT>(ctx, config, frame, &mut ip, dst),
+        mac::MESH_FORWARD => mesh::forwarded::<DIRECT>(ctx, config, frame, &mut ip, dst),
+        mac::MESH_RETURN if !DIRECT => mesh::returned(ctx, config, frame, &mut ip, dst),
         _ => Err(unknown(frame, Counter::DropNoEndpoint)),
     }
 }
@@ -84,7 +119,7 @@ fn unicast<const DIRECT: bool>(
     ctx: &TcContext,
     config: &Config,
     frame: &Frame,
-    ip: &Ip,
+    ip: &mut Ip,
     dst: Mac,
 ) -> Verdict {
     let src = Mac::from_words(frame.eth.src);
@@ -109,6 +144,7 @@ fn unicast<const DIRECT: bool>(
         mark_congestion(ctx, frame.tos)?;
     }
     count(Counter::FromTunnel);
+    vip::to_client(ctx, endpoint.ifindex, frame.vni, ip)?;
     to_peer(ctx, config, endpoint.ifindex)
 }
 
@@ -123,7 +159,7 @@ fn unknown(frame: &Frame, reason: Counter) -> Counter {
 
 /// Passes congestion that the underlay marked on to the inner packet.
 #[inline(always)]
-fn mark_congestion(ctx: &TcContext, outer_tos: u8) -> Result<(), Counter> {
+pub fn mark_congestion(ctx: &TcContext, outer_tos: u8) -> Result<(), Counter> {
     if outer_tos & 3 != 3 {
         return Ok(());
     }
