@@ -92,7 +92,7 @@ impl World {
             }
         }
         for (id, (node, service, state)) in &self.endpoints {
-            let ingress = id % 2 == 0;
+            let ingress = id.is_multiple_of(2);
             set.insert(Record::Endpoint(EndpointRecord {
                 id: endpoint(*id),
                 network: if ingress { INGRESS } else { OVERLAY },
@@ -117,7 +117,7 @@ impl World {
 
     fn attachments(&self) -> Vec<Attachment> {
         let interface = |id: &u64| {
-            let ingress = id % 2 == 0;
+            let ingress = id.is_multiple_of(2);
             InterfaceSpec {
                 endpoint: endpoint(*id),
                 ifname: if ingress { "gw0".to_owned() } else { format!("eth{}", id % 3) },
