@@ -21,7 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("mesh-ebpf-abi", &["mesh-types"]),
     ("mesh-ebpf-core", &["mesh-ebpf-abi"]),
     ("mesh-dataplane", &["mesh-types"]),
-    ("mesh-linux", &["mesh-types", "mesh-ebpf-abi", "mesh-dataplane"]),
+    ("mesh-linux", &["mesh-types", "mesh-ebpf-abi", "mesh-ebpf-core", "mesh-dataplane"]),
     ("mesh-gossip", &["mesh-types"]),
     ("mesh-control", &["mesh-types"]),
     ("mesh-raft", &["mesh-control", "mesh-types"]),
