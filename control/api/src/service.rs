@@ -1,5 +1,5 @@
-//! `/services`. Only what the daemon implements is typed here; the daemon refuses the rest of a spec
-//! by name, and echoes specs from the JSON as it was sent.
+//! `/services`. Only what the daemon implements is typed here; the daemon refuses the rest of a
+//! spec by name, and echoes specs from the JSON as it was sent.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

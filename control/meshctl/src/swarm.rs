@@ -210,7 +210,8 @@ async fn join_line(client: &Client, node: &str, swarm: &Swarm, role: TokenRole) 
     let me: Node = client.get(&format!("/nodes/{}", escape(node))).await?;
     let address = me.manager_status.map(|status| status.addr).context("this node is no manager")?;
     say(format!(
-        "To add a {} to this swarm, run the following command:\n\n    meshctl swarm join --token {} {address}",
+        "To add a {} to this swarm, run the following command:\n\n    \
+         meshctl swarm join --token {} {address}",
         role_word(role),
         secret(swarm, role)?
     ))

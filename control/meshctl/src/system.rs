@@ -32,8 +32,8 @@ pub(crate) async fn version(client: &Client, args: FormatArgs) -> Result<()> {
     say(format!("Client:\n Version:       {own}\n API version:   {major}.{minor}\n"))?;
     let server = server?;
     say(format!(
-        "Server:\n Version:       {}\n API version:   {} (minimum version {})\n OS/Arch:       {}/{}\n \
-         Kernel:        {}",
+        "Server:\n Version:       {}\n API version:   {} (minimum version {})\n \
+         OS/Arch:       {}/{}\n Kernel:        {}",
         server.version,
         server.api_version,
         server.min_api_version,

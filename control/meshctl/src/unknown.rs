@@ -99,8 +99,11 @@ const FLAGS: &[(&str, &[&str])] = &[
 
 /// Docker's verbs that are not implemented, and what to do instead.
 const VERBS: &[(&str, &str)] = &[
-    ("service update", "`docker service update` works for environment, command, labels and ports"),
-    ("service rollback", "`docker service rollback` works over the same socket"),
+    (
+        "service update",
+        "the stock CLI's works over the same socket (environment, command, labels, ports)",
+    ),
+    ("service rollback", "the stock CLI's works over the same socket"),
     ("service logs", "the output of a task is kept on its node"),
     ("node ps", "`meshctl service ps` shows the tasks of a service with their nodes"),
     ("node promote", "let the node leave and join again with the manager token"),

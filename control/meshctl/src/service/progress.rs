@@ -102,8 +102,8 @@ async fn look(client: &Client, service: &Service) -> Result<View> {
     Ok(view(tasks, &nodes, replicas))
 }
 
-/// One task per place counts: that which is wanted most, then that which is least far. Tasks on nodes
-/// that are down count for nothing.
+/// One task per place counts: that which is wanted most, then that which is least far. Tasks on
+/// nodes that are down count for nothing.
 fn view(tasks: Vec<Task>, nodes: &[Node], replicas: Option<u64>) -> View {
     let up: BTreeSet<&str> =
         nodes.iter().filter(|node| node.status.state != "down").map(|node| &node.id[..]).collect();
@@ -167,7 +167,10 @@ impl Show {
         match &self.bars {
             _ if self.quiet => Ok(()),
             // The terminal may be gone; the service is not.
-            Some(bars) => Ok(bars.all.println(text).unwrap_or_default()),
+            Some(bars) => {
+                let _ = bars.all.println(text);
+                Ok(())
+            }
             None => say(text),
         }
     }

@@ -24,7 +24,7 @@ pub trait Backend: Send + Sync + 'static {
     /// This node and its membership. Never blocks and never fails.
     fn local(&self) -> LocalState;
 
-    /// Who leads; `None` on workers, outside a cluster, and while there is no leader with a majority.
+    /// Who leads; `None` on workers, outside a cluster, and while no leader has a majority.
     fn leadership(&self) -> Option<Leadership>;
 
     /// Shows the store to `f`, called at most once.
@@ -58,7 +58,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Leaves the cluster and forgets it.
     ///
     /// # Errors
-    /// [`ApiError::not_part_of_swarm`]; [`ApiError::leave_as_manager`] on a manager without `force`.
+    /// [`ApiError::not_part_of_swarm`]; without `force` on a manager
+    /// [`ApiError::leave_as_manager`].
     async fn leave(&self, force: bool) -> Result<(), ApiError>;
 
     /// The join tokens as they stand.

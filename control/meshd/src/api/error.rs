@@ -69,8 +69,8 @@ impl ApiError {
     pub fn worker() -> Self {
         Self::unavailable(
             "This node is not a swarm manager. Worker nodes can't be used to view or modify \
-             cluster state. Please run this command on a manager node or promote the current node to a \
-             manager.",
+             cluster state. Please run this command on a manager node or promote the current \
+             node to a manager.",
         )
     }
 

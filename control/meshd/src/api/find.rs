@@ -1,5 +1,6 @@
 //! Look-up of objects as users name them: by id, then by name, then by a prefix of the id.
 
+use axum::http::StatusCode;
 use mesh_control::{
     model::{Network, Node, Service, Task},
     store::Store,
@@ -25,7 +26,7 @@ pub(super) fn service<'a>(store: &'a Store, needle: &str) -> Result<&'a Service,
 pub(super) fn task<'a>(store: &'a Store, needle: &str) -> Result<&'a Task, ApiError> {
     let all = store.tasks.values();
     let found = pick("task", needle, all.map(|t| (t.id.to_string(), t.name(), t)));
-    if let Err(ApiError { status: axum::http::StatusCode::NOT_FOUND, .. }) = found {
+    if let Err(ApiError { status: StatusCode::NOT_FOUND, .. }) = found {
         let newest = store
             .tasks
             .values()

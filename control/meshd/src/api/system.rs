@@ -65,7 +65,7 @@ pub(super) async fn version(State(backend): State<Shared>) -> Json<VersionInfo> 
         os: "linux".into(),
         arch: go_arch(&engine.architecture).into(),
         kernel_version: engine.kernel,
-        // The CLI prints nothing for a time it cannot parse; a build has no time, to be reproducible.
+        // Builds are reproducible, so they have no time; clients want one all the same.
         build_time: "1970-01-01T00:00:00.000000000+00:00".into(),
         components: Vec::new(),
     };

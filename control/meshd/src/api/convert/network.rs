@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use axum::http::StatusCode;
 use ipnetwork::IpNetwork;
 use mesh_api as api;
 use mesh_control::{
@@ -204,7 +205,7 @@ fn check_driver(request: &api::NetworkCreate) -> Result<(), ApiError> {
         "" | "bridge" | "host" | "null" | "macvlan" | "ipvlan" => {
             let driver = if request.driver.is_empty() { "bridge" } else { &request.driver };
             return Err(ApiError::new(
-                axum::http::StatusCode::NOT_IMPLEMENTED,
+                StatusCode::NOT_IMPLEMENTED,
                 format!(
                     "network driver {driver} is not implemented by mesh: create an overlay network \
                      with --driver overlay"
@@ -221,7 +222,7 @@ fn check_driver(request: &api::NetworkCreate) -> Result<(), ApiError> {
     }
     if PREDEFINED.contains(&request.name.as_str()) {
         return Err(ApiError::new(
-            axum::http::StatusCode::FORBIDDEN,
+            StatusCode::FORBIDDEN,
             format!("operation is not permitted on predefined {} network", request.name),
         ));
     }

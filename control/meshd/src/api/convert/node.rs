@@ -1,5 +1,6 @@
 //! Nodes.
 
+use axum::http::StatusCode;
 use mesh_api as api;
 use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, Role};
 
@@ -101,7 +102,7 @@ pub(crate) fn spec(sent: api::NodeSpec, old: &NodeSpec) -> Result<NodeSpec, ApiE
     };
     if role != old.role {
         return Err(ApiError::new(
-            axum::http::StatusCode::NOT_IMPLEMENTED,
+            StatusCode::NOT_IMPLEMENTED,
             "changing a node's role (node promote, node demote, --role) is not implemented yet by \
              mesh: let the node leave and join again with the other token",
         ));

@@ -76,8 +76,8 @@ const NOT_IMPLEMENTED: &[(&str, &str, &[&str])] = &[
     ("/RollbackConfig/Order", "--rollback-order other than stop-first", &[r#""stop-first""#]),
 ];
 
-/// A service spec as it was sent, to what the store keeps. `raw` in the answer is the same JSON with
-/// the number of replicas and the networks' ids filled in, as Docker does.
+/// A service spec as it was sent, to what the store keeps. `raw` in the answer is the same JSON
+/// with the number of replicas and the networks' ids filled in, as Docker does.
 pub(crate) fn service_spec(store: &Store, mut sent: Value) -> Result<ServiceSpec, ApiError> {
     refuse_not_implemented(&sent)?;
     let spec: api::ServiceSpec = typed(sent.clone())?;
@@ -167,8 +167,8 @@ fn task_spec(
                 StatusCode::NOT_IMPLEMENTED,
                 format!(
                     "running images is not implemented yet by mesh: a service needs the container \
-                     label {RUNTIME_LABEL}=process ({have}). Give `--runtime process` to meshctl or \
-                     `--container-label {RUNTIME_LABEL}=process` to docker; the command is then a \
+                     label {RUNTIME_LABEL}=process ({have}). Give `--runtime process` to meshctl \
+                     or `--container-label {RUNTIME_LABEL}=process` to docker; the command is then a \
                      host binary and the image name only a label"
                 ),
             ));
