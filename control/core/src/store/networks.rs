@@ -125,6 +125,9 @@ impl Store {
         if subnet.prefix() == 0 || subnet.prefix() > longest {
             return invalid(format!("subnet {subnet} must have a prefix of 1..={longest} bits"));
         }
+        if let Some(what) = subnets::not_unicast(subnet) {
+            return invalid(format!("subnet {subnet} overlaps {what}: hosts cannot have those"));
+        }
         // Docker's words for an overlap come first: clients look for them.
         const OVERLAP: &str = "Pool overlaps with other one on this address space";
         if let Some(other) = self.networks.values().find(|n| subnets::overlap(subnet, n.subnet)) {

@@ -57,6 +57,26 @@ pub(crate) fn overlap(a: IpNetwork, b: IpNetwork) -> bool {
     a.is_ipv4() == b.is_ipv4() && a0 <= b1 && b0 <= a1
 }
 
+/// The addresses that no host may have, as in the registries of RFC 6890 and RFC 5771.
+const NOT_UNICAST: [(&str, &str); 7] = [
+    ("0.0.0.0/8", "\"this network\""),
+    ("127.0.0.0/8", "loopback"),
+    ("169.254.0.0/16", "link-local"),
+    ("224.0.0.0/3", "multicast and reserved"),
+    ("::/127", "loopback"),
+    ("fe80::/10", "link-local"),
+    ("ff00::/8", "multicast"),
+];
+
+/// Which of the addresses that cannot be a host's are in a subnet, if any.
+#[must_use]
+pub(crate) fn not_unicast(net: IpNetwork) -> Option<String> {
+    NOT_UNICAST.iter().find_map(|(range, what)| {
+        let range: IpNetwork = range.parse().ok()?;
+        overlap(net, range).then(|| format!("the {what} addresses {range}"))
+    })
+}
+
 /// Whether `inner` lies in `outer` as a whole.
 #[must_use]
 pub(crate) fn within(inner: IpNetwork, outer: IpNetwork) -> bool {
@@ -113,6 +133,26 @@ mod tests {
             first_free(net("fd00::/48"), 64, &[net("fd00::/64")]),
             Some(net("fd00:0:0:1::/64"))
         );
+    }
+
+    #[test]
+    fn only_hosts_addresses_are_unicast() {
+        for bad in [
+            "0.0.0.0/24",
+            "127.0.0.0/8",
+            "169.254.1.0/24",
+            "224.0.0.0/8",
+            "240.0.0.0/24",
+            "128.0.0.0/1",
+            "ff02::/64",
+            "::/64",
+            "fe80::/64",
+        ] {
+            assert!(not_unicast(net(bad)).is_some(), "{bad}");
+        }
+        for good in ["10.0.0.0/8", "100.64.0.0/10", "126.0.0.0/8", "223.255.255.0/24", "fd00::/8"] {
+            assert_eq!(not_unicast(net(good)), None);
+        }
     }
 
     #[test]
