@@ -228,12 +228,8 @@ impl Driver {
                     }
                     Some(request) => self.serve(request).await,
                 },
-                changed = self.records.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    self.round().await;
-                }
+                // Who writes the records ends before the driver does: a teardown still comes then.
+                Ok(()) = self.records.changed() => self.round().await,
                 _ = tick.tick() => {
                     self.look();
                     self.round().await;
