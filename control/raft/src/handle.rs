@@ -6,7 +6,7 @@ use bytes::Bytes;
 use mesh_control::{command::Proposal, store::Store};
 use mesh_types::{NodeNumber, Revision};
 use openraft::{
-    ConfigError, RaftMetrics,
+    ConfigError, RaftMetrics, ServerState,
     async_runtime::watch::WatchReceiver as _,
     errors::{InitializeError, RaftError},
 };
@@ -22,7 +22,9 @@ use tokio::{
 use crate::{
     config::{self, RaftConfig},
     disk::{Disk, DiskError, LogStore},
-    forward::{Applied, GaveUp, ProposeError, ReadError, Refusal, VoterChange, VoterError},
+    forward::{
+        Applied, GaveUp, ProposeError, ReadError, Refusal, Verdict, VoterChange, VoterError,
+    },
     leadership::{LastHeard, Leadership, judge},
     machine::{Machine, Shared},
     network::{Envelope, Network, RpcKind, SnapshotRequest, Transport},
@@ -273,11 +275,7 @@ impl Raft {
     /// [`ProposeError`].
     pub async fn propose(&self, proposal: Proposal) -> Result<Applied, ProposeError> {
         let inner = &*self.0;
-        let write = Write { id: fresh_id()?, proposal };
-        let bytes = encode(&write).map_err(|e| ProposeError::Stopped(e.to_string()))?.len();
-        if bytes > PROPOSAL_BYTES {
-            return Err(ProposeError::TooLarge { bytes, limit: PROPOSAL_BYTES });
-        }
+        let write = sized(Write { id: fresh_id()?, proposal })?;
         let patience = inner.config.timers.propose;
         let here = |left| inner.write_here(write.clone(), left);
         let answer = inner.on_leader(RpcKind::Propose, &write, patience, here).await;
@@ -290,6 +288,37 @@ impl Raft {
             return Err(ProposeError::Behind { revision });
         }
         Ok(Applied { revision, outcome: answer.result? })
+    }
+
+    /// Writes as the leader of `term`, or not at all: neither forwarded nor tried again. For what
+    /// holds only while this node leads. A leader that slept (a paused machine) wakes up believing
+    /// that it leads and that everybody is silent; its successor must not hear of that.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; [`ProposeError::NoLeader`] if this node does not lead, or no more.
+    pub async fn propose_leading(
+        &self,
+        term: u64,
+        proposal: Proposal,
+    ) -> Result<Applied, ProposeError> {
+        let inner = &*self.0;
+        let write = sized(Write { id: fresh_id()?, proposal })?;
+        let leads = {
+            let metrics = inner.core.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.state == ServerState::Leader && metrics.current_term == term
+        };
+        if !leads {
+            return Err(ProposeError::NoLeader);
+        }
+        match inner.write_here(write, inner.config.timers.propose).await {
+            Verdict::Done(answer) => {
+                let revision = Revision::new(answer.index).unwrap_or(Revision::MAX);
+                Ok(Applied { revision, outcome: answer.result? })
+            }
+            Verdict::Again => Err(ProposeError::NoLeader),
+            Verdict::Refused(refusal) => Err(ProposeError::Stopped(refusal.to_string())),
+        }
     }
 
     /// After it, a local read sees every write that was done before it was called, anywhere.
@@ -395,6 +424,15 @@ impl std::fmt::Display for Refusal {
 
 fn stopped(error: impl ToString) -> ServeError {
     ServeError::Stopped(error.to_string())
+}
+
+/// Refuses a write that is larger than an entry may be.
+fn sized(write: Write) -> Result<Write, ProposeError> {
+    let bytes = encode(&write).map_err(|e| ProposeError::Stopped(e.to_string()))?.len();
+    if bytes > PROPOSAL_BYTES {
+        return Err(ProposeError::TooLarge { bytes, limit: PROPOSAL_BYTES });
+    }
+    Ok(write)
 }
 
 fn fresh_id() -> Result<WriteId, ProposeError> {

@@ -17,16 +17,36 @@ pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
 /// A node that was never heard counts as last heard this long ago: not ready, not down yet.
 const UNHEARD: Duration = Duration::from_secs(3);
 
+/// The reason of a node that left. It comes back under another id or not at all, so what is still
+/// heard of it for a moment makes it ready no more.
+pub(crate) const LEFT: &str = "the node left the cluster";
+/// Whoever looks rarer than this slept meanwhile, and heard nobody for that alone.
+const SLEPT: Duration = Duration::from_secs(3);
+
 /// When each node was last heard. Time is a [`Duration`] since some moment at least [`DOWN_AFTER`]
 /// before the daemon's start.
 #[derive(Debug, Default)]
 pub(crate) struct Liveness {
     heard: BTreeMap<NodeId, Duration>,
+    pulse: Option<Duration>,
 }
 
 impl Liveness {
+    /// Time passes here too; called at least twice a second. After a gap (a paused machine, a
+    /// stopped process) everybody starts afresh: their silence was this node's own.
+    pub(crate) fn pulse(&mut self, now: Duration) {
+        let before = self.pulse.replace(now);
+        if before.is_some_and(|before| now.saturating_sub(before) > SLEPT) {
+            let at = now.saturating_sub(UNHEARD);
+            for heard in self.heard.values_mut() {
+                *heard = (*heard).max(at);
+            }
+        }
+    }
+
     /// A node was heard, here or by another manager.
     pub(crate) fn heard(&mut self, node: NodeId, now: Duration) {
+        self.pulse(now);
         let at = self.heard.entry(node).or_default();
         *at = (*at).max(now);
     }
@@ -51,12 +71,14 @@ impl Liveness {
 
     /// The verdicts that differ from the store's.
     pub(crate) fn verdicts(&mut self, store: &Store, now: Duration) -> Vec<NodeReport> {
+        self.pulse(now);
         self.heard.retain(|node, _| store.nodes.contains_key(node));
         let mut reports = Vec::new();
         for (id, node) in &store.nodes {
             let unheard = now.saturating_sub(UNHEARD);
             let silent = now.saturating_sub(*self.heard.entry(*id).or_insert(unheard));
             let verdict = match node.status.state {
+                NodeState::Down if node.status.message == LEFT => continue,
                 NodeState::Ready if silent >= DOWN_AFTER => (
                     NodeState::Down,
                     format!("heartbeat failure: not heard for {} s", silent.as_secs()),
@@ -74,5 +96,101 @@ impl Liveness {
             reports.push(NodeReport { id: *id, state: Some(verdict), description: None });
         }
         reports
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use mesh_control::{
+        command::{Command, InitCluster, NewNode, Proposal},
+        model::{ClusterSpec, NodeDescription, NodeSpec, Role},
+    };
+    use mesh_types::{ClusterId, NetworkId};
+
+    use super::*;
+
+    const NODE: NodeId = NodeId::from_bits(7);
+
+    fn at(secs: u64) -> Duration {
+        Duration::from_secs(3600 + secs)
+    }
+
+    fn store() -> Store {
+        let ip = IpAddr::from([192, 0, 2, 1]);
+        let init = InitCluster {
+            id: ClusterId::from_bits(1),
+            spec: ClusterSpec::default(),
+            ca_cert_pem: String::new(),
+            ca_key_pem: String::new(),
+            worker_secret: [1; 16],
+            manager_secret: [2; 16],
+            gossip_key: [3; 32],
+            ingress: NetworkId::from_bits(1),
+            first: NewNode {
+                id: NODE,
+                spec: NodeSpec { role: Role::Manager, ..NodeSpec::default() },
+                description: NodeDescription::default(),
+                address: (ip, 2377).into(),
+                vtep: ip,
+            },
+        };
+        let mut store = Store::default();
+        apply(&mut store, Command::Init(Box::new(init)));
+        store
+    }
+
+    fn apply(store: &mut Store, command: Command) {
+        let revision = store.revision.next().unwrap();
+        store.apply(revision, &Proposal { now_ms: 0, command }).unwrap();
+    }
+
+    /// Looks twice a second, as the daemon does; the states that it went through.
+    fn watch(
+        liveness: &mut Liveness,
+        store: &mut Store,
+        secs: std::ops::Range<u64>,
+    ) -> Vec<NodeState> {
+        let mut seen = Vec::new();
+        for half in secs.start * 2..secs.end * 2 {
+            let reports = liveness.verdicts(store, at(0) + Duration::from_millis(500 * half));
+            seen.extend(reports.iter().filter_map(|r| r.state.as_ref().map(|(state, _)| *state)));
+            apply(store, Command::ReportNodes(reports));
+        }
+        seen
+    }
+
+    #[test]
+    fn silence_makes_a_node_down() {
+        let (mut liveness, mut store) = (Liveness::default(), store());
+        liveness.heard(NODE, at(0));
+        assert_eq!(watch(&mut liveness, &mut store, 0..9), [NodeState::Ready]);
+        assert_eq!(watch(&mut liveness, &mut store, 9..12), [NodeState::Down]);
+        liveness.heard(NODE, at(12));
+        assert_eq!(watch(&mut liveness, &mut store, 12..13), [NodeState::Ready]);
+    }
+
+    #[test]
+    fn a_manager_that_slept_blames_nobody() {
+        let (mut liveness, mut store) = (Liveness::default(), store());
+        liveness.heard(NODE, at(0));
+        assert_eq!(watch(&mut liveness, &mut store, 0..2), [NodeState::Ready]);
+        // The process was stopped for half a minute; it looks before it hears anybody.
+        assert_eq!(watch(&mut liveness, &mut store, 32..36), []);
+        // Silent all the same once it is awake: that counts.
+        assert_eq!(watch(&mut liveness, &mut store, 36..42), [NodeState::Down]);
+    }
+
+    #[test]
+    fn a_node_that_left_is_not_ready_again() {
+        let (mut liveness, mut store) = (Liveness::default(), store());
+        liveness.heard(NODE, at(0));
+        assert_eq!(watch(&mut liveness, &mut store, 0..1), [NodeState::Ready]);
+        let state = Some((NodeState::Down, LEFT.to_owned()));
+        let left = NodeReport { id: NODE, state, description: None };
+        apply(&mut store, Command::ReportNodes(vec![left]));
+        liveness.heard(NODE, at(1));
+        assert_eq!(watch(&mut liveness, &mut store, 1..20), []);
     }
 }

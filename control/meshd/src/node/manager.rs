@@ -24,16 +24,16 @@ use tokio::time::Instant;
 
 use super::{
     clock,
-    liveness::{HEARTBEAT, Liveness},
+    liveness::{HEARTBEAT, LEFT, Liveness},
 };
 
 /// The leader looks at liveness this often.
 const TICK: Duration = Duration::from_millis(500);
 
 /// A manager's share of the control plane.
-pub struct Manager {
+pub(crate) struct Manager {
     /// The replicated store.
-    pub raft: Raft,
+    pub(crate) raft: Raft,
     liveness: Mutex<Liveness>,
     log: Mutex<RecordLog>,
     acked: Mutex<BTreeMap<NodeId, Revision>>,
@@ -61,7 +61,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Manager {
     /// Wraps a started raft.
     #[must_use]
-    pub fn new(raft: Raft) -> Arc<Self> {
+    pub(crate) fn new(raft: Raft) -> Arc<Self> {
         Arc::new(Self {
             raft,
             liveness: Mutex::default(),
@@ -70,11 +70,11 @@ impl Manager {
         })
     }
 
-    /// Proposes with this node's clock.
+    /// Proposes with this node's clock, on whichever manager leads.
     ///
     /// # Errors
     /// As [`Raft::propose`].
-    pub async fn propose(&self, command: Command) -> Result<Outcome, ProposeError> {
+    pub(crate) async fn propose(&self, command: Command) -> Result<Outcome, ProposeError> {
         let proposal = Proposal { now_ms: clock::wall_ms(), command };
         self.raft.propose(proposal).await.map(|applied| applied.outcome)
     }
@@ -112,7 +112,7 @@ impl Manager {
 
     /// A node said that it leaves: it is down at once, and its tasks are replaced.
     pub(crate) async fn left(&self, node: NodeId) -> Result<(), ProposeError> {
-        let state = Some((NodeState::Down, "the node left the cluster".to_owned()));
+        let state = Some((NodeState::Down, LEFT.to_owned()));
         let report = NodeReport { id: node, state, description: None };
         self.propose(Command::ReportNodes(vec![report])).await.map(drop)
     }
@@ -150,8 +150,23 @@ impl Manager {
         managers
     }
 
-    /// Runs until aborted: the leader's loops while this node leads; else passes on what it heard.
+    /// Runs until aborted.
     pub(crate) async fn run(self: Arc<Self>, forward: impl AsyncForward) {
+        tokio::join!(self.stay_awake(), self.lead_or_follow(forward));
+    }
+
+    /// Tells liveness that time passes, also while a round waits for the store: see
+    /// [`Liveness::pulse`].
+    async fn stay_awake(&self) {
+        let mut ticks = tokio::time::interval(TICK);
+        loop {
+            ticks.tick().await;
+            lock(&self.liveness).pulse(clock::monotonic());
+        }
+    }
+
+    /// The leader's loops while this node leads; else passes on what it heard.
+    async fn lead_or_follow(&self, forward: impl AsyncForward) {
         let mut revisions = self.raft.watch();
         let mut leadership = self.raft.leadership();
         let mut memory = LeaderMemory::default();
@@ -181,7 +196,7 @@ impl Manager {
             }
             // Mark what stands now as seen: what changes from here on wakes the next round.
             revisions.borrow_and_update();
-            if let Some(at) = self.round(&mut memory).await {
+            if let Some(at) = self.round(leading.term, &mut memory).await {
                 wake = wake.min(at);
             }
             let voters = leading.voters.keys().copied().collect();
@@ -190,28 +205,30 @@ impl Manager {
     }
 
     /// One round of the leader's loops. Returns when to look again at the latest.
-    async fn round(&self, memory: &mut LeaderMemory) -> Option<Instant> {
+    async fn round(&self, term: u64, memory: &mut LeaderMemory) -> Option<Instant> {
         let reports =
             self.raft.read(|store| lock(&self.liveness).verdicts(store, clock::monotonic()));
         if !reports.is_empty() {
             for report in &reports {
                 tracing::info!(node = %report.id, state = ?report.state, "node state");
             }
-            self.propose_logged(Command::ReportNodes(reports)).await;
+            self.propose_logged(term, Command::ReportNodes(reports)).await;
         }
         let now_ms = clock::wall_ms();
         let decision =
             self.raft.read(|store: &Store| decide(store, memory, now_ms, &mut rand::random));
         for command in decision.commands {
-            self.propose_logged(command).await;
+            self.propose_logged(term, command).await;
         }
         decision
             .wake_at_ms
             .map(|at| Instant::now() + Duration::from_millis(at.saturating_sub(now_ms)))
     }
 
-    async fn propose_logged(&self, command: Command) {
-        if let Err(error) = self.propose(command).await {
+    /// As the leader of this term: a view that was true of it says nothing to its successor.
+    async fn propose_logged(&self, term: u64, command: Command) {
+        let proposal = Proposal { now_ms: clock::wall_ms(), command };
+        if let Err(error) = self.raft.propose_leading(term, proposal).await {
             // The next round decides anew over what then stands.
             tracing::warn!(%error, "a leader's proposal failed");
         }

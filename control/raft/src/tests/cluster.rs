@@ -5,6 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_control::{
+    command::{Command, Proposal},
+    model::Role,
+};
+
 use super::net::{Net, address, number, reached, until, write};
 use crate::{DiskError, ProposeError, Raft, ReadError, StartError, VoterError, disk::Disk};
 
@@ -74,6 +79,39 @@ async fn a_minority_refuses_and_says_so() {
     net.heal();
     write(&leader, 3).await.unwrap();
     net.settled(&[1, 2, 3]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_leader_says_for_its_term_dies_with_the_term() {
+    let net = Net::group("fenced", 3, 1000).await;
+    let (id, leader) = net.leader(0, PATIENCE).await;
+    let term = leader.leadership().borrow().term;
+    let says = |secret: u8| Proposal {
+        now_ms: 0,
+        command: Command::RotateToken { role: Role::Worker, secret: [secret; 16] },
+    };
+    // The store of the test has no cluster: that it was refused says that it was applied.
+    let said = leader.propose_leading(term, says(1)).await;
+    assert!(matches!(said, Err(ProposeError::Rejected(_))), "{said:?}");
+    let follower = net.nodes().into_iter().find(|(other, _)| *other != id).unwrap().1;
+    let said = follower.propose_leading(term, says(2)).await;
+    assert!(matches!(said, Err(ProposeError::NoLeader)), "{said:?}");
+
+    // Cut off, it still believes that it leads. Its successor is found and the link heals while it
+    // waits: unlike `propose`, it must not turn to the successor.
+    net.isolate(id);
+    let waiting = tokio::spawn({
+        let leader = leader.clone();
+        let proposal = says(3);
+        async move { leader.propose_leading(term, proposal).await }
+    });
+    let (_, successor) = net.leader(id, PATIENCE).await;
+    net.heal();
+    write(&successor, 4).await.unwrap();
+    let said = waiting.await.unwrap();
+    assert!(matches!(said, Err(ProposeError::NoLeader)), "{said:?}");
+    // The two writes that count: the leader's first, and its successor's.
+    assert_eq!(net.settled(&[1, 2, 3]).await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
