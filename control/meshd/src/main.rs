@@ -103,7 +103,7 @@ async fn serve(options: Options) -> Result<()> {
     }
     // Tasks, the resolver, and everything in the kernel go on.
     tracing::info!("stopping; tasks and traffic go on");
-    let _ = std::fs::remove_file(&socket);
+    let _ = fs::remove_file(&socket);
     Ok(())
 }
 

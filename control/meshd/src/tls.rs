@@ -9,8 +9,8 @@ use std::{fmt, sync::Arc, time::SystemTime};
 use mesh_control::model::Role;
 use mesh_types::{ClusterId, NodeId};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
-    ServerConfig, SignatureScheme,
+    ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
+    SignatureScheme,
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -307,7 +307,12 @@ impl ServerCertVerifier for ServerVerifier {
                 .iter()
                 .find(|cert| pki::digest(cert) == *digest)
                 .map(|cert| cert.clone().into_owned())
-                .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?,
+                .ok_or_else(|| {
+                    refused(
+                        "the manager's cluster is not the one that the join token is for: its root \
+                         certificate does not match the token",
+                    )
+                })?,
         };
         let mut roots = RootCertStore::empty();
         roots.add(root)?;

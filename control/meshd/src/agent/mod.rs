@@ -190,6 +190,14 @@ impl AgentHandle {
         self.executor.logs(task)
     }
 
+    /// Waits until the managers have taken all tasks away, at most for `limit`.
+    pub async fn released(&self, limit: Duration) {
+        let mut view = self.view.clone();
+        let gone = view.wait_for(|view| view.tasks.is_empty() && view.leaving == 0);
+        // Whatever is left then is ended by `stop_all`.
+        let _ = timeout(limit, gone).await;
+    }
+
     /// Stops and removes all tasks, for `swarm leave`.
     ///
     /// # Errors

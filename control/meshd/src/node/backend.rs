@@ -50,6 +50,18 @@ impl Node {
         Ok((member, manager))
     }
 
+    /// Does it to the end, even if the client that asked for it goes away half-way.
+    async fn to_the_end<T, F>(&self, work: impl FnOnce(Arc<Self>) -> F) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ApiError>> + Send + 'static,
+    {
+        let node =
+            self.me.upgrade().ok_or_else(|| ApiError::unavailable("the daemon is stopping"))?;
+        let done = tokio::spawn(work(node)).await;
+        done.map_err(|error| ApiError::internal(error.to_string()))?
+    }
+
     /// Changes the membership; one change at a time.
     async fn become_member(
         &self,
@@ -90,6 +102,40 @@ fn not_called(node: &str, error: &CallError) -> ApiError {
     match error {
         CallError::Refused(refusal) => ApiError::internal(refusal.message.clone()),
         other => ApiError::unavailable(format!("node {node} does not answer: {other}")),
+    }
+}
+
+impl Node {
+    async fn leave_now(&self, force: bool) -> Result<(), ApiError> {
+        let Ok(_changing) = self.changing.try_lock() else {
+            return Err(ApiError::unavailable("this node is joining or leaving already"));
+        };
+        let member = match self.state() {
+            State::Active(member) => member,
+            State::Inactive | State::Pending => return Err(ApiError::not_part_of_swarm()),
+            State::Error(_) if force => {
+                super::member::forget(&self.options)
+                    .map_err(|error| ApiError::internal(format!("{error:#}")))?;
+                self.set_state(State::Inactive);
+                return Ok(());
+            }
+            State::Error(why) => {
+                return Err(ApiError::unavailable(format!(
+                    "this node cannot take up its membership ({why}). Use `--force` to forget it."
+                )));
+            }
+        };
+        if member.identity.role == Role::Manager && !force {
+            let (managers, reachable) = member.manager.as_ref().map_or((1, 1), |manager| {
+                let reachable = self.leadership().map_or(0, |l| l.reachable.len());
+                (manager.managers().len(), reachable)
+            });
+            return Err(ApiError::leave_as_manager(managers, reachable));
+        }
+        self.set_state(State::Inactive);
+        member.leave().await.map_err(|error| {
+            ApiError::internal(format!("left, but something is left behind: {error:#}"))
+        })
     }
 }
 
@@ -157,43 +203,22 @@ impl Backend for Node {
     }
 
     async fn init(&self, request: InitRequest) -> Result<NodeId, ApiError> {
-        self.become_member(bootstrap::init(&self.options, &self.engine, request)).await
+        self.to_the_end(|node| async move {
+            node.become_member(bootstrap::init(&node.options, &node.engine, request)).await
+        })
+        .await
     }
 
     async fn join(&self, request: JoinRequest) -> Result<(), ApiError> {
-        self.become_member(bootstrap::join(&self.options, &self.engine, request)).await.map(drop)
+        self.to_the_end(|node| async move {
+            node.become_member(bootstrap::join(&node.options, &node.engine, request)).await
+        })
+        .await
+        .map(drop)
     }
 
     async fn leave(&self, force: bool) -> Result<(), ApiError> {
-        let Ok(_changing) = self.changing.try_lock() else {
-            return Err(ApiError::unavailable("this node is joining or leaving already"));
-        };
-        let member = match self.state() {
-            State::Active(member) => member,
-            State::Inactive | State::Pending => return Err(ApiError::not_part_of_swarm()),
-            State::Error(_) if force => {
-                super::member::forget(&self.options)
-                    .map_err(|error| ApiError::internal(format!("{error:#}")))?;
-                self.set_state(State::Inactive);
-                return Ok(());
-            }
-            State::Error(why) => {
-                return Err(ApiError::unavailable(format!(
-                    "this node cannot take up its membership ({why}). Use `--force` to forget it."
-                )));
-            }
-        };
-        if member.identity.role == Role::Manager && !force {
-            let (managers, reachable) = member.manager.as_ref().map_or((1, 1), |manager| {
-                let reachable = self.leadership().map_or(0, |l| l.reachable.len());
-                (manager.managers().len(), reachable)
-            });
-            return Err(ApiError::leave_as_manager(managers, reachable));
-        }
-        self.set_state(State::Inactive);
-        member.leave().await.map_err(|error| {
-            ApiError::internal(format!("left, but something is left behind: {error:#}"))
-        })
+        self.to_the_end(|node| async move { node.leave_now(force).await }).await
     }
 
     fn join_tokens(&self) -> Result<JoinTokens, ApiError> {

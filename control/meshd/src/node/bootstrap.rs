@@ -12,6 +12,7 @@ use mesh_control::{
     model::{NodeSpec, Role},
     token::JoinToken,
 };
+use mesh_raft::Raft;
 use mesh_types::{ClusterId, NetworkId, NodeId, NodeNumber};
 
 use super::{
@@ -114,7 +115,7 @@ pub(crate) async fn init(
     }
     keep(options, &identity, &settings)?;
     tracing::info!(%cluster, %node, %address, "made a cluster");
-    Member::start(options, engine, identity, settings, Some((raft, client))).await.map_err(internal)
+    begin(options, engine, identity, settings, Some((raft, client))).await
 }
 
 /// Joins a cluster.
@@ -160,7 +161,22 @@ pub(crate) async fn join(
     };
     keep(options, &identity, &settings)?;
     tracing::info!(node = %identity.node, role = ?identity.role, "joined");
-    Member::start(options, engine, identity, settings, None).await.map_err(internal)
+    begin(options, engine, identity, settings, None).await
+}
+
+/// Brings the new member up. One that cannot come up is none: the next start must not find it.
+async fn begin(
+    options: &Options,
+    engine: &EngineFacts,
+    identity: Identity,
+    settings: Settings,
+    raft: Option<(Raft, RpcClient)>,
+) -> Result<Member, ApiError> {
+    let started = Member::start(options, engine, identity, settings, raft).await;
+    started.map_err(|error| match member::forget(options) {
+        Ok(()) => internal(error),
+        Err(more) => internal(format!("{error:#}; and {more:#}")),
+    })
 }
 
 /// Tries one manager after the other.

@@ -42,6 +42,8 @@ use crate::{
 pub(crate) const MANAGER_PORT: u16 = 2377;
 /// How long tasks may take to end when the node leaves.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the managers may take to end them, before the node does it on its own.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(15);
 
 /// A node that is in a cluster.
 pub(crate) struct Member {
@@ -60,8 +62,28 @@ pub(crate) struct Member {
     resolver: Arc<Resolver>,
     gossip: Arc<Mutex<Option<Shell>>>,
     options: Options,
-    tasks: Vec<AbortHandle>,
+    tasks: Tasks,
     _servers: Vec<RpcServer>,
+}
+
+/// What runs beside; ended when dropped, also by a start that fails half-way.
+#[derive(Default)]
+struct Tasks(Vec<AbortHandle>);
+
+impl Tasks {
+    fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.0.push(tokio::spawn(task).abort_handle());
+    }
+
+    fn end(&self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 /// Starts a manager's raft on its directory.
@@ -109,7 +131,9 @@ impl Member {
             let address = any(advertised.ip(), port);
             servers.push(RpcServer::bind(address, tls.clone(), handler.clone()).await?);
         }
-        let mut tasks = Vec::new();
+        // Here, for a port that another program has must be found out before the kernel is touched.
+        let gossip = start_gossip(&identity, &settings)?;
+        let mut tasks = Tasks::default();
         let manager = match identity.role {
             Role::Worker => None,
             Role::Manager => {
@@ -120,7 +144,7 @@ impl Member {
                 let manager = Manager::new(raft);
                 let _ = handler.manager.set(Arc::clone(&manager));
                 let forward = Forward { client: client.clone() };
-                tasks.push(tokio::spawn(Arc::clone(&manager).run(forward)).abort_handle());
+                tasks.spawn(Arc::clone(&manager).run(forward));
                 Some(manager)
             }
         };
@@ -148,14 +172,10 @@ impl Member {
         ));
         let agent = start_agent(options, engine, Arc::clone(&plumbing)).await?;
         let _ = handler.agent.set(agent.clone());
-        tasks.push(tokio::spawn(names(watched.clone(), plumbing)).abort_handle());
-        let gossip = start_gossip(&identity, &settings)?;
+        tasks.spawn(names(watched.clone(), plumbing));
         gossip.update_members(expected(&watched.borrow()));
         let (description, described) = watch::channel(facts::describe(engine));
-        tasks.push(
-            tokio::spawn(describe(facts::describe(engine), dataplane.clone(), description))
-                .abort_handle(),
-        );
+        tasks.spawn(describe(facts::describe(engine), dataplane.clone(), description));
         let (settings, settings_watched) = watch::channel(Arc::new(settings));
         let session = Session {
             node: identity.node,
@@ -167,7 +187,7 @@ impl Member {
             description: described,
             applied: dataplane.applied(),
         };
-        tasks.push(tokio::spawn(session.run()).abort_handle());
+        tasks.spawn(session.run());
         let member = Self {
             identity,
             settings: settings_watched,
@@ -221,10 +241,12 @@ impl Member {
                 first.get_or_insert(error.context(what.to_owned()));
             }
         };
-        self.tell_others().await;
-        for task in &self.tasks {
-            task.abort();
+        if self.tell_others().await {
+            // They take the tasks away, and hear of each end while the session lasts: else the tasks'
+            // addresses would be held until the node is removed.
+            self.agent.released(RELEASE_PATIENCE).await;
         }
+        self.tasks.end();
         note("ending tasks", self.agent.stop_all(LEAVE_PATIENCE).await);
         let gossip = self.gossip.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(gossip) = gossip {
@@ -239,8 +261,9 @@ impl Member {
         first.map_or(Ok(()), Err)
     }
 
-    /// So that the others need not wait for silence. Best effort: they find out in any case.
-    async fn tell_others(&self) {
+    /// So that the others need not wait for silence. Best effort: they find out in any case. Whether
+    /// one was told.
+    async fn tell_others(&self) -> bool {
         let managers = self.settings.borrow().managers.clone();
         for manager in managers.into_iter().filter(|m| m.node != self.identity.node) {
             let told: Result<(), _> = self
@@ -254,18 +277,11 @@ impl Member {
                 )
                 .await;
             match told {
-                Ok(()) => return,
+                Ok(()) => return true,
                 Err(error) => tracing::debug!(%error, "could not tell a manager"),
             }
         }
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
+        false
     }
 }
 

@@ -19,7 +19,10 @@ mod persist;
 mod plumbing;
 mod session;
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::{
+    os::unix::fs::PermissionsExt,
+    sync::{Arc, PoisonError, RwLock, Weak},
+};
 
 use anyhow::{Context, Result};
 
@@ -33,6 +36,8 @@ pub struct Node {
     state: RwLock<State>,
     /// Held while the node joins or leaves.
     changing: tokio::sync::Mutex<()>,
+    /// For work that outlives the call that asked for it.
+    me: Weak<Self>,
 }
 
 #[derive(Clone)]
@@ -56,7 +61,7 @@ impl Node {
     /// # Errors
     /// If the state directory cannot be used.
     pub async fn start(options: Options) -> Result<Arc<Self>> {
-        std::fs::create_dir_all(&options.state_dir)
+        private_dir(&options.state_dir)
             .with_context(|| format!("making {}", options.state_dir.display()))?;
         let engine = facts::read(&options);
         let identity = Identity::load(&options.state_dir)?;
@@ -64,11 +69,12 @@ impl Node {
             None => State::Inactive,
             Some(identity) => resume(&options, &engine, identity).await,
         };
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
             options,
             engine,
             state: RwLock::new(state),
             changing: tokio::sync::Mutex::new(()),
+            me: Weak::clone(me),
         }))
     }
 
@@ -79,6 +85,12 @@ impl Node {
     fn set_state(&self, state: State) {
         *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
     }
+}
+
+/// Keys, tokens and the tasks' environments are kept in it: for root alone.
+fn private_dir(path: &std::path::Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
 }
 
 async fn resume(options: &Options, engine: &EngineFacts, identity: Identity) -> State {

@@ -132,8 +132,7 @@ fn interfaces(
                 ifname: lease.kind.ifname(),
                 address: lease.address,
                 vni: network.map(|n| n.vni),
-                gateway: network
-                    .map_or_else(|| mesh_control::store::NODE_LOCAL_GATEWAY.into(), |n| n.gateway),
+                gateway: network.map_or(mesh_control::store::NODE_LOCAL_GATEWAY, |n| n.gateway),
                 default_route: is_gateway,
                 mtu: network.and_then(|n| n.mtu).map_or(inside, |mtu| mtu.min(inside)),
             })
