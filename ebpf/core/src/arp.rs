@@ -68,9 +68,8 @@ mod tests {
 
     #[test]
     fn a_request_as_linux_sends_it() {
-        let bytes = [
-            0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 7, 10, 0, 0, 7, 0, 0, 0, 0, 0, 0, 10, 0, 0, 9,
-        ];
+        let bytes =
+            [0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 7, 10, 0, 0, 7, 0, 0, 0, 0, 0, 0, 10, 0, 0, 9];
         let request = ArpPacket::from_bytes(&bytes).unwrap();
         assert!(is_valid(&request));
         let own = u32::from_ne_bytes([10, 0, 0, 7]);
@@ -79,10 +78,7 @@ mod tests {
         assert_eq!(eth.to_bytes(), [2, 0, 0, 0, 0, 7, 2, 0, 0, 0, 0, 9, 8, 6]);
         assert_eq!(
             answer.to_bytes(),
-            [
-                0, 1, 8, 0, 6, 4, 0, 2, 2, 0, 0, 0, 0, 9, 10, 0, 0, 9, 2, 0, 0, 0, 0, 7, 10, 0, 0,
-                7
-            ]
+            [0, 1, 8, 0, 6, 4, 0, 2, 2, 0, 0, 0, 0, 9, 10, 0, 0, 9, 2, 0, 0, 0, 0, 7, 10, 0, 0, 7]
         );
     }
 

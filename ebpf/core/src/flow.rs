@@ -303,12 +303,7 @@ pub const fn is_forgotten(now_ns: u64, value: &FlowValue) -> bool {
 ///
 /// The clock is CLOCK_MONOTONIC. A flow lives as long as either direction does.
 #[must_use]
-pub fn expired(
-    now_ns: u64,
-    key: &FlowKey,
-    value: &FlowValue,
-    other: Option<&FlowValue>,
-) -> bool {
+pub fn expired(now_ns: u64, key: &FlowKey, value: &FlowValue, other: Option<&FlowValue>) -> bool {
     let limit = if key.protocol == PROTOCOL_TCP { TCP_ESTABLISHED_NS } else { UDP_ESTABLISHED_NS };
     let last = match (other, partner(key, value)) {
         (Some(other), _) => value.last_ns.max(other.last_ns),

@@ -130,7 +130,10 @@ mod tests {
             addr: wide(u32::from_ne_bytes(base)),
             mask: wide(u32::from_ne_bytes([255, 255, 0, 0])),
         };
-        let mut config = Config { gateway_subnets: [range([172, 18, 0, 0]), Subnet::default()], ..Config::default() };
+        let mut config = Config {
+            gateway_subnets: [range([172, 18, 0, 0]), Subnet::default()],
+            ..Config::default()
+        };
         assert!(is_gateway_peer(&config, u32::from_ne_bytes([172, 18, 3, 4])));
         assert!(!is_gateway_peer(&config, u32::from_ne_bytes([8, 8, 8, 8])));
         config.gateway_subnets[1] = range([10, 255, 0, 0]);

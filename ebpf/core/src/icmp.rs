@@ -104,8 +104,7 @@ mod tests {
 
     /// RFC 1071 over the bytes of a message that includes its checksum.
     fn verifies(bytes: &[u8]) -> bool {
-        let sum: u32 =
-            bytes.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
+        let sum: u32 = bytes.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
         let sum = (sum & 0xffff) + (sum >> 16);
         (sum & 0xffff) + (sum >> 16) == 0xffff
     }

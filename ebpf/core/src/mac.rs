@@ -32,7 +32,9 @@ impl Mac {
     pub const fn from_words(words: [u16; 3]) -> Self {
         let [a, b, c] = words;
         Self(
-            (u16::from_be(a) as u64) << 32 | (u16::from_be(b) as u64) << 16 | u16::from_be(c) as u64,
+            (u16::from_be(a) as u64) << 32
+                | (u16::from_be(b) as u64) << 16
+                | u16::from_be(c) as u64,
         )
     }
 

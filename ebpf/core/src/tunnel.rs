@@ -3,9 +3,7 @@
 use crate::{
     checksum, hash,
     mac::Mac,
-    wire::{
-        ETHERTYPE_IPV4, EthHeader, IPV4_DF, Ipv4Header, PROTOCOL_UDP, UdpHeader, VxlanHeader,
-    },
+    wire::{ETHERTYPE_IPV4, EthHeader, IPV4_DF, Ipv4Header, PROTOCOL_UDP, UdpHeader, VxlanHeader},
 };
 
 /// The I flag: the VNI is valid. All other bits are reserved: sent as zero, ignored on receipt.
@@ -62,8 +60,7 @@ pub const fn outer(encap: &Encap) -> (Ipv4Header, UdpHeader, VxlanHeader) {
         len_be: udp_len.to_be(),
         checksum: 0,
     };
-    let vxlan =
-        VxlanHeader { flags_be: FLAG_VNI.to_be(), vni_be: (encap.vni << 8).to_be() };
+    let vxlan = VxlanHeader { flags_be: FLAG_VNI.to_be(), vni_be: (encap.vni << 8).to_be() };
     (ip, udp, vxlan)
 }
 

@@ -1,7 +1,10 @@
 //! The tables of flows: finding an entry, and doing what `mesh_ebpf_core::flow` says to it.
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use mesh_ebpf_abi::{Counter, FLOW_STATE_ALONE, FLOW_STATE_FIN, FLOW_STATE_FIN_REPLY, FLOW_STATE_REPLIED, FlowKey, FlowValue};
+use mesh_ebpf_abi::{
+    Counter, FLOW_STATE_ALONE, FLOW_STATE_FIN, FLOW_STATE_FIN_REPLY, FLOW_STATE_REPLIED, FlowKey,
+    FlowValue,
+};
 use mesh_ebpf_core::{
     addr,
     flow::{self, Step},
@@ -237,7 +240,8 @@ fn is_free(key: &FlowKey, value: &FlowValue, now_ns: u64) -> bool {
 /// A copy that LLVM knows not to overlap: else it calls `memmove`.
 #[inline(always)]
 fn copy(from: &FlowValue, to: &mut FlowValue) {
-    let FlowValue { ref addr, endpoint, node, last_ns, port_be, client_port_be, state, pad } = *from;
+    let FlowValue { ref addr, endpoint, node, last_ns, port_be, client_port_be, state, pad } =
+        *from;
     let addr = addr::copy(addr);
     *to = FlowValue { addr, endpoint, node, last_ns, port_be, client_port_be, state, pad };
 }

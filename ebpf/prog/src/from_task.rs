@@ -1,9 +1,7 @@
 //! `from_task`: what tasks send.
 
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_abi::{
-    ADDR_ENDPOINT, AddrKey, Config, Counter, Endpoint, PORT_GATEWAY, Port,
-};
+use mesh_ebpf_abi::{ADDR_ENDPOINT, AddrKey, Config, Counter, Endpoint, PORT_GATEWAY, Port};
 use mesh_ebpf_core::{
     addr, arp, guard,
     mac::{self, Mac},
@@ -12,11 +10,12 @@ use mesh_ebpf_core::{
 
 use crate::{
     maps::{ADDRESSES, ENDPOINTS, PORTS, config, count, get},
+    mesh,
     packet::{
-        self, Ip, L3, Verdict, Way, header, ifindex, oversize, parse, parse_len, pull,
-        read, to_link, to_peer, write,
+        self, Ip, L3, Verdict, Way, header, ifindex, oversize, parse, parse_len, pull, read,
+        to_link, to_peer, write,
     },
-    mesh, vip,
+    vip,
 };
 
 #[inline(always)]

@@ -27,7 +27,8 @@ const MAGLEV_SLOTS: u32 = 1 << 20;
 pub static ADDRESSES: HashMap<AddrKey, AddrValue> =
     HashMap::with_max_entries(RECORDS, BPF_F_NO_PREALLOC);
 #[map]
-pub static ENDPOINTS: HashMap<u64, Endpoint> = HashMap::with_max_entries(RECORDS, BPF_F_NO_PREALLOC);
+pub static ENDPOINTS: HashMap<u64, Endpoint> =
+    HashMap::with_max_entries(RECORDS, BPF_F_NO_PREALLOC);
 #[map]
 pub static PORTS: HashMap<u32, Port> = HashMap::with_max_entries(RECORDS, BPF_F_NO_PREALLOC);
 #[map]

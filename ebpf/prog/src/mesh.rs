@@ -10,8 +10,9 @@ use mesh_ebpf_abi::{
     FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port, Published, PublishedKey,
 };
 use mesh_ebpf_core::{
-    addr, flow, guard, hash, icmp,
+    addr, flow, guard, hash,
     hash::Tuple,
+    icmp,
     mac::{self, Mac},
     wire::{PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, TCP_FIN, TCP_RST, TCP_SYN},
 };
@@ -84,13 +85,7 @@ pub fn ingress(
         }
     }
     if target.endpoint == 0 {
-        let arrival = Arrival {
-            published: *published,
-            hash,
-            now,
-            node: config.node,
-            endpoint: 0,
-        };
+        let arrival = Arrival { published: *published, hash, now, node: config.node, endpoint: 0 };
         admit(key, &arrival, &mut target);
         if target.endpoint == 0 {
             return Err(target.error);
@@ -219,13 +214,7 @@ pub fn forwarded<const DIRECT: bool>(
     }
     if target.endpoint == 0 {
         let published = get!(PUBLISHED, &port).ok_or(Counter::DropMesh)?;
-        let arrival = Arrival {
-            published: *published,
-            hash,
-            now,
-            node,
-            endpoint: dst.id(),
-        };
+        let arrival = Arrival { published: *published, hash, now, node, endpoint: dst.id() };
         admit(key, &arrival, &mut target);
         if target.endpoint == 0 {
             return Err(target.error);
@@ -278,7 +267,9 @@ pub fn from_gateway(
             translate::end(ctx, ip, End::Source, node, client_port_be)?;
             return ingress(ctx, config, ip, way, found);
         }
-    } else if port.flags & PORT_INGRESS != 0 && ip.has_l4 && icmp::is_error(ip.icmp[0])
+    } else if port.flags & PORT_INGRESS != 0
+        && ip.has_l4
+        && icmp::is_error(ip.icmp[0])
         && ip.tuple.protocol == PROTOCOL_ICMP
     {
         let mut node = u64::MAX;

@@ -13,15 +13,18 @@ use aya_ebpf::{
     helpers::generated as bpf,
     programs::TcContext,
 };
-use mesh_ebpf_abi::{CONFIG_CHANGE_TYPE, CONFIG_VIA_DEVICE, Config, Counter, ENCAP_LEN_V4, Endpoint, FlowKey};
+use mesh_ebpf_abi::{
+    CONFIG_CHANGE_TYPE, CONFIG_VIA_DEVICE, Config, Counter, ENCAP_LEN_V4, Endpoint, FlowKey,
+};
 use mesh_ebpf_core::{
-    addr, flow, guard, hash, icmp,
+    addr, flow, guard, hash,
     hash::Tuple,
+    icmp,
     mac::Mac,
     tunnel::{self, Encap},
     wire::{
-        ETHERTYPE_IPV4, EthHeader, IcmpHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ports,
-        TcpHeader, UdpHeader, VxlanHeader,
+        ETHERTYPE_IPV4, EthHeader, IcmpHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_TCP,
+        PROTOCOL_UDP, Ports, TcpHeader, UdpHeader,
     },
 };
 
@@ -248,14 +251,7 @@ pub struct Way {
 impl Way {
     /// To an endpoint's node.
     #[inline(always)]
-    pub fn lead(
-        &mut self,
-        vni: u32,
-        dst: Mac,
-        src: Mac,
-        endpoint: &Endpoint,
-        ip: &Ip,
-    ) -> Verdict {
+    pub fn lead(&mut self, vni: u32, dst: Mac, src: Mac, endpoint: &Endpoint, ip: &Ip) -> Verdict {
         let (vtep, next_hop) = (addr::low(&endpoint.vtep), addr::low(&endpoint.next_hop));
         let hash = hash::flow(&ip.tuple);
         *self = Self { vni, dst, src, vtep, next_hop, hash, tos: ip.tos };
@@ -424,13 +420,12 @@ struct TunnelKey {
 }
 const _: () = assert!(size_of::<TunnelKey>() == 44 && size_of::<NextHop>() == 20);
 
-/// The outer headers of a tunnel packet that came in directly.
+/// The first headers of a packet from the underlay. The ports are where UDP and TCP have them.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Outer {
     pub ip: Ipv4Header,
     pub udp: UdpHeader,
-    pub vxlan: VxlanHeader,
 }
 
 /// Removes the outer headers; the Ethernet header becomes `eth`.

@@ -72,7 +72,8 @@ fn rewrite(ctx: &TcContext, source: u32, addr: u32, port_be: u32) -> u32 {
     // Only the kernel knows whether the packet's checksum is whole or still to be completed. The
     // address is part of the pseudo-header, the port is not: with that flag on a port, a received
     // packet's checksum state would be spoilt.
-    let (offset, flags) = if tcp { (L4 + 16, 0) } else { (L4 + 6, u64::from(BPF_F_MARK_MANGLED_0)) };
+    let (offset, flags) =
+        if tcp { (L4 + 16, 0) } else { (L4 + 6, u64::from(BPF_F_MARK_MANGLED_0)) };
     if from != addr {
         let flags = flags | u64::from(BPF_F_PSEUDO_HDR) | 4;
         if ctx.l4_csum_replace(offset, u64::from(from), u64::from(addr), flags).is_err() {

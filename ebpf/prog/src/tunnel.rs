@@ -13,8 +13,8 @@ use crate::{
     maps::{ENDPOINTS, VTEPS, config, count, get},
     mesh,
     packet::{
-        ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len, pull,
-        read, strip, to_peer, tunnel_source, write,
+        ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len,
+        pull, read, strip, to_peer, tunnel_source, write,
     },
     vip,
 };
@@ -50,7 +50,8 @@ pub fn from_uplink(ctx: &TcContext, way: &mut Way) -> Verdict {
         && !outer.ip.is_fragment()
         && guard::is_vtep(config, outer.ip.dst);
     if ours && config.flags & CONFIG_VIA_DEVICE == 0 {
-        let vni = tunnel::vni(&outer.vxlan).ok_or(Counter::DropTunnelVni)?;
+        let vxlan = read(ctx, L3 + size_of::<Outer>()).ok_or(Counter::DropMalformed)?;
+        let vni = tunnel::vni(&vxlan).ok_or(Counter::DropTunnelVni)?;
         pull(ctx, parse_len(L3 + ENCAP));
         let eth: EthHeader = read(ctx, ENCAP).ok_or(Counter::DropMalformed)?;
         let frame = Frame { eth, vni, vtep: outer.ip.src, tos: outer.ip.tos };
@@ -74,8 +75,7 @@ fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) 
     if outer.ip.has_options() || later {
         return Ok(PASS);
     }
-    let Some(published) =
-        mesh::published(outer.ip.protocol, outer.udp.dport_be, outer.ip.dst)
+    let Some(published) = mesh::published(outer.ip.protocol, outer.udp.dport_be, outer.ip.dst)
     else {
         return Ok(PASS);
     };

@@ -15,9 +15,7 @@ use mesh_ebpf_core::{
 use crate::{
     flows,
     maps::{ADDRESSES, ENDPOINTS, MAGLEV, SERVICES, VIP_CLIENTS, count, get},
-    packet::{
-        Ip, L3, L4, Verdict, Way, header, ifindex, oversize, read, to_link, to_peer,
-    },
+    packet::{Ip, L3, L4, Verdict, Way, header, ifindex, oversize, read, to_link, to_peer},
     quote,
     translate::{self, End},
 };

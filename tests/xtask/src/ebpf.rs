@@ -48,19 +48,14 @@ pub(crate) fn run(check: bool) -> Result<()> {
 
 /// Builds the object; nothing in it depends on where the source lies.
 fn build(toolchain: &str) -> Result<PathBuf> {
-    let root = std::env::current_dir()?;
-    let root = root.to_str().context("the path of the repository is not UTF-8")?;
-    let home = output("rustup", &["run", toolchain, "rustc", "--print", "sysroot"])?;
-    // `=`-separated flags, joined by 0x1f as CARGO_ENCODED_RUSTFLAGS wants them.
+    // Joined as CARGO_ENCODED_RUSTFLAGS wants them. No path may be among them: cargo names crates
+    // by a hash of its flags too.
     let flags = [
         "-Clinker=bpf-linker",
         "-Clinker-plugin-lto",
         "-Clink-arg=-O3",
         // The instruction set of Linux 5.4 and later.
         "-Ctarget-cpu=v3",
-        "-Cdebuginfo=0",
-        &format!("--remap-path-prefix={root}=/mesh"),
-        &format!("--remap-path-prefix={home}=/rust"),
     ]
     .join("\x1f");
     let target = Path::new("target/ebpf");
