@@ -1,7 +1,7 @@
 //! `from_uplink` and `from_vxlan`: what tunnels bring.
 
 use aya_ebpf::programs::TcContext;
-use mesh_ebpf_abi::{CONFIG_VIA_DEVICE, Config, Counter};
+use mesh_ebpf_abi::{CONFIG_VIA_DEVICE, Config, Counter, Endpoint};
 use mesh_ebpf_core::{
     addr, guard, icmp,
     mac::{self, Mac},
@@ -122,23 +122,7 @@ fn unicast<const DIRECT: bool>(
     ip: &mut Ip,
     dst: Mac,
 ) -> Verdict {
-    let src = Mac::from_words(frame.eth.src);
-    let Some(source) = get!(ENDPOINTS, &src.id()) else {
-        return Err(unknown(frame, Counter::DropTunnelOwner));
-    };
-    if src.kind() != mac::ENDPOINT {
-        return Err(unknown(frame, Counter::DropTunnelOwner));
-    }
-    guard::owner(source, frame.vni, ip.tuple.src, frame.vtep)
-        .map_err(|reason| unknown(frame, reason))?;
-    let endpoint = get!(ENDPOINTS, &dst.id()).ok_or(Counter::DropNoEndpoint)?;
-    if endpoint.vni != frame.vni {
-        return Err(Counter::DropTunnelVni);
-    }
-    guard::destination(endpoint, frame.vni, ip.tuple.dst)?;
-    if endpoint.ifindex == 0 {
-        return Err(Counter::DropNoEndpoint);
-    }
+    let endpoint = allowed(frame, ip, dst).map_err(|reason| unknown(frame, reason))?;
     if DIRECT {
         strip(ctx, frame.eth)?;
         mark_congestion(ctx, frame.tos)?;
@@ -146,6 +130,26 @@ fn unicast<const DIRECT: bool>(
     count(Counter::FromTunnel);
     vip::to_client(ctx, endpoint.ifindex, frame.vni, ip)?;
     to_peer(ctx, config, endpoint.ifindex)
+}
+
+/// The endpoint here that the packet is for, if its sender may send to it.
+#[inline(always)]
+fn allowed(frame: &Frame, ip: &Ip, dst: Mac) -> Result<&'static Endpoint, Counter> {
+    let endpoint = get!(ENDPOINTS, &dst.id()).ok_or(Counter::DropNoEndpoint)?;
+    if endpoint.vni != frame.vni {
+        return Err(Counter::DropTunnelVni);
+    }
+    let src = Mac::from_words(frame.eth.src);
+    if src.kind() != mac::ENDPOINT {
+        return Err(Counter::DropTunnelOwner);
+    }
+    let source = get!(ENDPOINTS, &src.id()).ok_or(Counter::DropTunnelOwner)?;
+    guard::owner(source, frame.vni, ip.tuple.src, frame.vtep)?;
+    guard::destination(endpoint, frame.vni, ip.tuple.dst)?;
+    if endpoint.ifindex == 0 {
+        return Err(Counter::DropNoEndpoint);
+    }
+    Ok(endpoint)
 }
 
 /// The reason of a drop, unless a better one is that the sender is no node of the cluster.
