@@ -286,7 +286,8 @@ impl Cluster {
     pub fn wait_running(&self, service: &str, count: usize) -> Result<Vec<Task>> {
         eventually(&format!("{count} running tasks of {service}"), SOON, || {
             let tasks = self.running(service)?;
-            let states: Vec<_> = tasks.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
+            let all = self.tasks(service)?;
+            let states: Vec<_> = all.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
             ensure!(tasks.len() == count, "{} run: {states:?}", tasks.len());
             Ok(tasks)
         })
@@ -300,24 +301,44 @@ impl Cluster {
         self.meshctl("m1", &format!("network create --driver overlay {options_and_name}"))?.ok()
     }
 
-    /// Creates a process service with meshctl and waits until it has converged.
+    /// Creates a process service with meshctl and waits until all its tasks run. Not by
+    /// `service create` itself, which watches for five more seconds whether they stay.
     ///
     /// # Errors
-    /// When it is refused or does not converge.
+    /// When it is refused or its tasks do not run.
     pub fn service(&self, options: &str, command: &str) -> Result<()> {
-        let line = format!("service create --quiet --runtime process {options} -- {command}");
-        self.meshctl("m1", &line)?.ok().map(drop)
+        self.service_args(
+            &options.split_whitespace().collect::<Vec<_>>(),
+            &command.split_whitespace().collect::<Vec<_>>(),
+        )
     }
 
     /// The same with words that hold blanks.
     ///
     /// # Errors
-    /// When it is refused or does not converge.
+    /// As [`Self::service`].
     pub fn service_args(&self, options: &[&str], command: &[&str]) -> Result<()> {
         let mut create = self.host_command(self.lab.meshctl().to_owned(), "m1");
-        create.args(["service", "create", "--quiet", "--runtime", "process"]);
+        create.args(["service", "create", "--detach", "--quiet", "--runtime", "process"]);
         create.args(options).arg("--").args(command);
-        run(create, b"")?.ok().map(drop)
+        let id = run(create, b"")?.ok()?;
+        eventually(&format!("all tasks of {options:?} to run"), SOON, || {
+            let services = self.api("GET", "/services?status=true")?;
+            let service = list(&services).iter().find(|service| service["ID"] == id.as_str());
+            let status = &service.context("it is not listed")?["ServiceStatus"];
+            let [run, want] = ["RunningTasks", "DesiredTasks"].map(|key| status[key].as_u64());
+            ensure!(run.is_some() && run == want && run != Some(0), "{status}");
+            Ok(())
+        })
+    }
+
+    /// Changes how many tasks a service has, and waits until that many run.
+    ///
+    /// # Errors
+    /// When it is refused or they do not run.
+    pub fn scale(&self, service: &str, count: usize) -> Result<Vec<Task>> {
+        self.meshctl("m1", &format!("service scale --detach {service}={count}"))?.ok()?;
+        self.wait_running(service, count)
     }
 
     /// Network `app` with service `web`: whoami on HTTP 80, TCP 7 and UDP 7.

@@ -17,6 +17,7 @@ const DATA_PLANE: &[Group] = &[
     cases::dns::GROUP,
     cases::security::GROUP,
     cases::gateway::GROUP,
+    cases::heal::GROUP,
 ];
 
 const FIVE: Topology = Topology { managers: 3, workers: 2, mtu: 1500 };
@@ -45,7 +46,15 @@ fn main() -> ExitCode {
                 cases::dns::GROUP,
                 cases::security::GROUP,
                 cases::gateway::GROUP,
+                cases::heal::GROUP,
             ],
+        },
+        Plan {
+            name: "jumbo",
+            topology: Topology { managers: 1, workers: 1, mtu: 9000 },
+            cluster: true,
+            meshd_args: &[],
+            groups: &[cases::jumbo::GROUP],
         },
         Plan {
             name: "fallback",

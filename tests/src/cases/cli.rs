@@ -6,7 +6,8 @@ use serde_json::Value;
 use super::group;
 use crate::cluster::{Cluster, Ran, SOON, eventually, list};
 
-group!("cli": the_stock_client_does_it_all, both_show_the_same, tokens_and_nodes, formats,
+group!("cli": the_stock_client_does_it_all, both_make_the_same, progress_until_converged,
+    both_show_the_same, tokens_and_nodes, formats,
     a_service_without_an_executor_is_refused, unknown_flags_are_refused_by_name, errors_say_what);
 
 fn docker(c: &Cluster, line: &str) -> Result<String> {
@@ -37,6 +38,88 @@ fn the_stock_client_does_it_all(c: &Cluster) -> Result<()> {
     docker(c, "service rm web")?;
     eventually("the network to go", SOON, || docker(c, "network rm app"))?;
     ensure!(!docker(c, "network ls")?.contains("app"));
+    Ok(())
+}
+
+/// Every flag of the verbs that make things, through both clients, gives one and the same.
+fn both_make_the_same(c: &Cluster) -> Result<()> {
+    let network = "network create --driver overlay --attachable --internal --label a=b \
+        --opt com.docker.network.driver.mtu=1400";
+    let service = "service create --detach --quiet --replicas 2 --env A=B --label c=d \
+        --container-label e=f --container-label mesh.runtime=process --hostname box \
+        --restart-condition on-failure --restart-delay 3s --restart-max-attempts 4 \
+        --restart-window 60s --stop-signal SIGINT --stop-grace-period 7s";
+    let (mut networks, mut services) = (Vec::new(), Vec::new());
+    for (index, ours) in [(0_u8, true), (1, false)] {
+        let make = |line: &str| if ours { c.meshctl("m1", line) } else { c.docker("m1", line) };
+        let range = format!(
+            "--subnet 10.8{index}.0.0/16 --gateway 10.8{index}.0.9 --ip-range 10.8{index}.7.0/24"
+        );
+        make(&format!("{network} {range} net{index}"))?.ok()?;
+        make(&format!(
+            "{service} --name svc{index} --network net{index} --publish 810{index}:80/udp \
+             host sleep 600"
+        ))?
+        .ok()?;
+        make(&format!(
+            "service create --detach --mode global --name all{index} --endpoint-mode dnsrr \
+             --network net{index} --container-label mesh.runtime=process host sleep 600"
+        ))?
+        .ok()?;
+        networks.push(c.api("GET", &format!("/networks/net{index}"))?);
+        for name in ["svc", "all"] {
+            services.push(c.api("GET", &format!("/services/{name}{index}"))?["Spec"].clone());
+        }
+    }
+    for key in ["Driver", "Scope", "Internal", "Attachable", "Labels", "EnableIPv6"] {
+        ensure!(networks[0][key] == networks[1][key], "{key}: {networks:?}");
+    }
+    ensure!(networks[0]["Internal"] == true && networks[0]["Labels"]["a"] == "b", "{networks:?}");
+    // What differs on purpose has its number in it.
+    let alike = |value: &Value, network: &Value| {
+        let id = network["Id"].as_str().unwrap_or_default();
+        value.to_string().replace(id, "NETWORK")
+    };
+    for kind in 0..2 {
+        let ours =
+            alike(&services[kind], &networks[0]).replace("svc0", "svc1").replace("all0", "all1");
+        let stock = alike(&services[kind + 2], &networks[1]);
+        let ours: Value =
+            serde_json::from_str(&ours.replace("8100", "8101").replace("net0", "net1"))?;
+        let stock: Value = serde_json::from_str(&stock)?;
+        for part in ["Labels", "Mode", "EndpointSpec"] {
+            ensure!(ours[part] == stock[part], "{part}:\n{}\n{}", ours[part], stock[part]);
+        }
+        let (ours, stock) = (&ours["TaskTemplate"], &stock["TaskTemplate"]);
+        for part in ["RestartPolicy", "Networks"] {
+            ensure!(ours[part] == stock[part], "{part}:\n{}\n{}", ours[part], stock[part]);
+        }
+        let (ours, stock) = (&ours["ContainerSpec"], &stock["ContainerSpec"]);
+        for part in
+            ["Labels", "Env", "Hostname", "StopSignal", "StopGracePeriod", "Args", "Command"]
+        {
+            ensure!(ours[part] == stock[part], "{part}:\n{}\n{}", ours[part], stock[part]);
+        }
+    }
+    let policy = &services[0]["TaskTemplate"]["RestartPolicy"];
+    ensure!(policy["Condition"] == "on-failure" && policy["MaxAttempts"] == 4, "{policy}");
+    Ok(())
+}
+
+fn progress_until_converged(c: &Cluster) -> Result<()> {
+    let create = |name: &str| format!("service create --name {name} --replicas 3");
+    let ours =
+        c.meshctl("m1", &format!("{} --runtime process -- sleep 600", create("ours")))?.ok()?;
+    let stock = c
+        .docker(
+            "m1",
+            &format!("{} --container-label mesh.runtime=process host sleep 600", create("stock")),
+        )?
+        .ok()?;
+    for said in [ours, stock] {
+        ensure!(said.to_lowercase().contains("converged"), "no word of convergence: {said:?}");
+    }
+    ensure!(c.running("ours")?.len() == 3 && c.running("stock")?.len() == 3);
     Ok(())
 }
 
@@ -72,8 +155,13 @@ fn formats(c: &Cluster) -> Result<()> {
     c.web("--replicas 1")?;
     for line in ["node ls", "network ls", "service ls", "service ps web"] {
         let text = c.meshctl("m1", &format!("{line} --format json"))?.ok()?;
-        let json: Value = serde_json::from_str(&text).with_context(|| format!("{line}: {text}"))?;
-        ensure!(!list(&json).is_empty(), "{line}: {json}");
+        // One object a line, as Docker prints them.
+        for object in text.lines() {
+            let json: Value =
+                serde_json::from_str(object).with_context(|| format!("{line}: {text}"))?;
+            ensure!(json.is_object(), "{line}: {json}");
+        }
+        ensure!(!text.is_empty(), "{line} --format json prints nothing");
         let table = c.meshctl("m1", line)?.ok()?;
         let head = table.lines().next().unwrap_or_default();
         ensure!(head == head.to_uppercase() && table.lines().count() > 1, "{line}:\n{table}");

@@ -116,7 +116,7 @@ fn resolv_conf_and_hosts(c: &Cluster) -> Result<()> {
 fn changes_show_soon(c: &Cluster) -> Result<()> {
     set_up(c)?;
     for count in [5, 1] {
-        c.meshctl("m1", &format!("service scale web={count}"))?.ok()?;
+        c.scale("web", count)?;
         eventually(&format!("{count} addresses of tasks.web"), SOON, || {
             let tasks = dig(c, "+short tasks.web")?;
             ensure!(tasks.lines().count() == count, "{tasks:?}");

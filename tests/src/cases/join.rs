@@ -5,7 +5,8 @@ use anyhow::{Context, Result, ensure};
 use super::group;
 use crate::cluster::{Cluster, SOON, eventually, field};
 
-group!("join": nothing_works_before_init, wrong_tokens, another_clusters_token, join_and_leave);
+group!("join": nothing_works_before_init, wrong_tokens, another_clusters_token, join_and_leave,
+    a_manager_joins_and_leaves, the_stock_client_joins);
 
 fn init(c: &Cluster, node: &str) -> Result<()> {
     let address = c.lab.member(node)?.address;
@@ -82,4 +83,46 @@ fn join_and_leave(c: &Cluster) -> Result<()> {
     ensure!(state(c, "w1")? == "inactive");
     line_of_w1("down")?;
     leave(c, "m1")
+}
+
+/// Two managers: both lead or follow; one that is demoted by leaving takes its vote along.
+fn a_manager_joins_and_leaves(c: &Cluster) -> Result<()> {
+    init(c, "m1")?;
+    join(c, "w1", &token(c, "m1", "manager")?)?.ok()?;
+    eventually("w1 to be a manager that can be reached", SOON, || {
+        let nodes = c.meshctl("w1", "node ls")?.ok()?;
+        ensure!(nodes.contains("Reachable") && nodes.contains("Leader"), "{nodes}");
+        Ok(())
+    })?;
+    c.meshctl("w1", "network create --driver overlay made-there")?.ok()?;
+    c.meshctl("m1", "network inspect made-there")?.ok()?;
+    c.meshctl("w1", "swarm leave")?.refused(&["manager", "--force"])?;
+    c.meshctl("w1", "swarm leave --force")?.ok()?;
+    // Alone again, m1 is a majority of itself.
+    eventually("m1 to write alone", SOON, || c.meshctl("m1", "network rm made-there")?.ok())?;
+    leave(c, "m1")
+}
+
+/// What the guides say, by the `docker` that they say it with.
+fn the_stock_client_joins(c: &Cluster) -> Result<()> {
+    let docker = |node: &str, line: &str| c.docker(node, line);
+    let said = docker("m1", "swarm init --advertise-addr 192.0.2.11")?.ok()?;
+    let command = said
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("docker "))
+        .with_context(|| format!("`swarm init` prints no command to join with: {said}"))?;
+    ensure!(command.starts_with("swarm join --token SWMTKN-1-"), "{command}");
+    ensure!(docker("w1", command)?.ok()?.contains("joined a swarm as a worker"));
+    eventually("w1 to be ready", SOON, || {
+        let nodes = docker("m1", "node ls")?.ok()?;
+        let line = nodes.lines().find(|line| line.contains("w1")).unwrap_or_default();
+        ensure!(line.contains("Ready"), "{nodes}");
+        Ok(())
+    })?;
+    ensure!(docker("m1", "node inspect --pretty w1")?.ok()?.contains("w1"));
+    docker("w1", "swarm leave")?.ok()?;
+    docker("m1", "swarm leave")?.refused(&["--force"])?;
+    docker("m1", "swarm leave --force")?.ok()?;
+    ensure!(state(c, "m1")? == "inactive" && state(c, "w1")? == "inactive");
+    Ok(())
 }

@@ -195,6 +195,22 @@ fn traces(name: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// The ids of a lab's pinned maps, and of the programs that use them.
+fn bpf_of(name: &str) -> Result<(Vec<u64>, Vec<u64>)> {
+    let pins = run(shell(&format!("find /sys/fs/bpf/mesh/{name} -path '*/maps/*' -type f")), b"")?;
+    let id = |pin: &str| -> Result<u64> {
+        let shown = run(shell(&format!("bpftool -j map show pinned {pin}")), b"")?.ok()?;
+        serde_json::from_str::<Value>(&shown)?["id"].as_u64().context("a map without id")
+    };
+    let maps = pins.ok()?.lines().map(id).collect::<Result<Vec<_>>>()?;
+    let all: Value = serde_json::from_str(&run(shell("bpftool -j prog show"), b"")?.ok()?)?;
+    let uses = |program: &&Value| {
+        list(&program["map_ids"]).iter().filter_map(Value::as_u64).any(|id| maps.contains(&id))
+    };
+    let programs = list(&all).iter().filter(uses).filter_map(|p| p["id"].as_u64()).collect();
+    Ok((maps, programs))
+}
+
 fn nothing_is_left(c: &Cluster) -> Result<()> {
     let name = "test-leaves";
     let links = run(shell("ip -br link | cut -d' ' -f1"), b"")?.ok()?;
@@ -206,9 +222,29 @@ fn nothing_is_left(c: &Cluster) -> Result<()> {
     stray.args(["lab", "--name", name, "exec", "w1", "--", "sh", "-c"]);
     stray.arg(format!("setsid sh -c ': {name}; sleep 86399' >/dev/null 2>&1 &"));
     run(stray, b"")?.ok()?;
+    // A task on each node, published: what it takes in programs, maps and links.
+    let manager: LabName = name.parse()?;
+    let socket = mesh_lab::Lab::open(&manager)?.places().socket("m1");
+    let mut create = Command::new(c.lab.meshctl());
+    create.env("MESH_HOST", format!("unix://{}", socket.display()));
+    create.args(["service", "create", "--name", "each", "--mode", "global", "--publish", "80:80"]);
+    create.args(["--runtime", "process", "--", "sleep", "infinity"]);
+    run(create, b"")?.ok()?;
+    let (maps, programs) = bpf_of(name)?;
+    ensure!(maps.len() >= 2 && programs.len() >= 4, "maps {maps:?}, programs {programs:?}");
     lab("down")?.ok()?;
     let left = traces(name)?;
     ensure!(left.is_empty(), "left over: {left:?}");
+    // The kernel frees them after a grace period.
+    eventually("the kernel to have freed programs and maps", SOON, || {
+        for (kind, ids) in [("map", &maps), ("prog", &programs)] {
+            for id in ids {
+                let shown = run(shell(&format!("bpftool {kind} show id {id}")), b"")?;
+                ensure!(shown.status != 0, "{kind} {id} is left: {}", shown.stdout.trim());
+            }
+        }
+        Ok(())
+    })?;
     let links_now = run(shell("ip -br link | cut -d' ' -f1"), b"")?.ok()?;
     ensure!(links == links_now, "links before {links:?}, now {links_now:?}");
     // Safe to repeat.

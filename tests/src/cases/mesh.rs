@@ -15,7 +15,7 @@ use crate::cluster::{Cluster, SOON, eventually, field, host_of};
 
 group!("mesh": every_node_answers_tcp, every_node_answers_udp, spread_over_tasks,
     the_task_is_addressed_itself, large_both_ways, many_at_once, a_taken_port_is_refused,
-    removed_means_closed, nodes_reach_it_too);
+    removed_means_closed, nodes_reach_it_too, too_big_is_said, a_flow_outlives_the_daemons);
 
 fn every_node_answers_tcp(c: &Cluster) -> Result<()> {
     c.web("--replicas 2 --publish 8080:80")?;
@@ -133,4 +133,55 @@ fn nodes_reach_it_too(c: &Cluster) -> Result<()> {
     c.web("--replicas 1 --publish 8080:80")?;
     eventually("m1 to reach it through w2", SOON, || c.fetch("m1", "http://192.0.2.22:8080/"))?;
     Ok(())
+}
+
+/// The client's packets fill its link's MTU, the tunnel behind the port has room for less: the
+/// client hears of it by ICMP "fragmentation needed", and only then is cut down to size.
+fn too_big_is_said(c: &Cluster) -> Result<()> {
+    c.web("--replicas 1 --publish 8080:80 --publish 8007:7/udp")?;
+    let tasks = c.wait_running("web", 1)?;
+    let nodes = c.lab.nodes();
+    let far = nodes.iter().find(|n| n.name != tasks[0].node).context("one node only")?;
+    let path_mtu = || c.on("client", &["ip", "route", "get", &far.address.to_string()])?.ok();
+    c.on("client", &["ip", "route", "flush", "cache"])?.ok()?;
+    eventually("UDP through the far node", SOON, || udp(c, "client", far.address, 8007))?;
+    ensure!(!path_mtu()?.contains("mtu"), "the path's MTU is known before: {}", path_mtu()?);
+    let before = c.counter(&far.name, "too_big_sent")?;
+    c.lab.inside("client", || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect(SocketAddrV4::new(far.address, 8007))?;
+        // 1500 bytes with their headers, DF set as Linux does while it looks for the path's MTU.
+        Ok(socket.send(&[0; 1472])?)
+    })?;
+    eventually("the client to know the path's MTU", SOON, || {
+        ensure!(path_mtu()?.contains("mtu 1450"), "{}", path_mtu()?);
+        Ok(())
+    })?;
+    let after = c.counter(&far.name, "too_big_sent")?;
+    ensure!(after > before, "{} did not count the ICMP error", far.name);
+    c.on("client", &["ip", "route", "flush", "cache"])?.ok().map(drop)
+}
+
+/// Packets of a connection need no daemon on their way: none of a node, nor of all of them.
+fn a_flow_outlives_the_daemons(c: &Cluster) -> Result<()> {
+    c.web("--replicas 2 --publish 8007:7")?;
+    let script = "exec 3<>/dev/tcp/192.0.2.22/8007; read -r -t 3 -u3 who; \
+        for i in $(seq 30); do echo line$i >&3; read -r -t 3 -u3 back || exit 1; \
+        [ \"$back\" = line$i ] || exit 2; sleep 0.1; done; echo done";
+    eventually("the port to answer", SOON, || {
+        c.on("client", &["timeout", "1", "bash", "-c", "exec 3<>/dev/tcp/192.0.2.22/8007"])?.ok()
+    })?;
+    let workers = ["w1", "w2"];
+    std::thread::scope(|scope| {
+        let flow = scope.spawn(|| c.on("client", &["bash", "-c", script])?.ok());
+        for worker in workers {
+            c.lab.end_daemon(worker, mesh_lab::DaemonSignal::Kill)?;
+        }
+        for worker in workers {
+            c.lab.start(worker)?;
+        }
+        let said = flow.join().map_err(|_| anyhow::anyhow!("the flow panicked"))??;
+        ensure!(said == "done", "{said:?}");
+        Ok(())
+    })
 }

@@ -8,7 +8,8 @@ use crate::cluster::{Cluster, SOON, eventually, list};
 
 group!("network": create_inspect_remove, overlaps_are_refused, bad_subnets_are_refused,
     duplicate_names_are_refused, a_network_in_use_stays, malformed_and_oversized_bodies,
-    tasks_reach_each_other, networks_are_apart, the_mtu_is_the_underlays, too_big_is_said);
+    tasks_reach_each_other, tasks_on_one_node, networks_are_apart,
+    the_mtu_is_the_underlays, broadcasts_are_counted_drops, no_address_left);
 
 fn create_inspect_remove(c: &Cluster) -> Result<()> {
     c.network(
@@ -77,7 +78,8 @@ fn a_network_in_use_stays(c: &Cluster) -> Result<()> {
 }
 
 fn malformed_and_oversized_bodies(c: &Cluster) -> Result<()> {
-    for body in ["{", "[]", "nonsense", r#"{"Name":7}"#, r#"{"Name":""}"#] {
+    const NAMELESS: &str = r#"{"Name":"","Driver":"overlay"}"#;
+    for body in ["{", "[]", "nonsense", r#"{"Name":7}"#, NAMELESS] {
         let answer = c.raw("POST", "/networks/create", body.as_bytes())?;
         ensure!(answer.status == 400, "{body}: {} {}", answer.status, answer.message());
         ensure!(!answer.message().is_empty(), "{body}: no reason given");
@@ -137,24 +139,66 @@ fn the_mtu_is_the_underlays(c: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// A sender that thinks too well of the path hears of it, and TCP goes on.
-fn too_big_is_said(c: &Cluster) -> Result<()> {
+/// Peers on one node are as near as on others, and no tunnel is used.
+fn tasks_on_one_node(c: &Cluster) -> Result<()> {
     c.network("app")?;
-    c.service("--name web --mode global --network app", crate::cluster::WHOAMI)?;
-    let tasks = c.wait_running("web", 5)?;
-    let (from, to) = (&tasks[0], &tasks[1]);
+    c.service("--name ten --replicas 10 --network app", crate::cluster::WHOAMI)?;
+    let tasks = c.wait_running("ten", 10)?;
+    let pair = tasks
+        .iter()
+        .find_map(|a| Some((a, tasks.iter().find(|b| a.node == b.node && a.name != b.name)?)));
+    let (from, to) = pair.context("no two tasks on one node")?;
     let address = to.addresses.get("app").context("a task without an address")?;
-    c.task_sh(&from.id, "ip link set eth0 mtu 9000")?;
-    let before = c.counter(&from.node, "too_big_sent")?;
-    c.in_task(&from.id, &["ping", "-c1", "-W1", "-M", "do", "-s", "2000", address])?;
-    let after = c.counter(&from.node, "too_big_sent")?;
-    ensure!(after > before, "no ICMP error was sent ({before}, {after})");
-    let said = c.in_task(&from.id, &["ping", "-c1", "-W1", "-M", "do", "-s", "2000", address])?;
-    ensure!(said.stdout.contains("mtu"), "ping does not hear of the MTU: {}", said.stdout);
+    eventually("its neighbour to answer", SOON, || {
+        c.in_task(&from.id, &["ping", "-c1", "-W1", address])?.ok()
+    })?;
+    let before = c.counter(&from.node, "to_tunnel")?;
+    c.in_task(&from.id, &["ping", "-c20", "-i0.01", "-W1", address])?.ok()?;
+    let tunnelled = c.counter(&from.node, "to_tunnel")? - before;
+    ensure!(tunnelled < 20, "{tunnelled} packets took the tunnel");
     let length = c.task_sh(
         &from.id,
-        &format!("curl -s --max-time 10 'http://{address}/?size=1MB' | wc -c"),
+        &format!("curl -s --max-time 10 'http://{address}/?size=2MB' | wc -c"),
     )?;
-    ensure!(length.parse::<u32>().is_ok_and(|n| n >= 1_000_000), "{length} bytes came");
+    ensure!(length.parse::<u64>().is_ok_and(|n| n >= 2_000_000), "{length} bytes came");
     Ok(())
+}
+
+fn broadcasts_are_counted_drops(c: &Cluster) -> Result<()> {
+    c.network("--subnet 10.74.0.0/24 app")?;
+    c.service("--name each --mode global --network app", "sleep infinity")?;
+    let task = c.wait_running("each", 5)?.pop().context("no task")?;
+    for target in ["10.74.0.255", "224.0.0.1"] {
+        let before = c.counter(&task.node, "multicast")?;
+        let script = format!("ping -b -c 5 -i 0.02 -W 1 -I eth0 {target}");
+        let ran = c.in_task(&task.id, &["sh", "-c", &script])?;
+        ensure!(ran.status != 0, "{target} is answered: {}", ran.stdout);
+        let grown = c.counter(&task.node, "multicast")? - before;
+        ensure!(grown >= 5, "{target}: `multicast` grew by {grown}");
+    }
+    Ok(())
+}
+
+/// A task that has to wait says for what; it goes on when there is room.
+fn no_address_left(c: &Cluster) -> Result<()> {
+    // Six hosts: the gateway, the VIP, and four more.
+    c.network("--subnet 10.75.0.0/29 small")?;
+    let create = "service create --detach --name many --replicas 6 --network small \
+                  --runtime process -- sleep infinity";
+    c.meshctl("m1", create)?.ok()?;
+    let waiting = eventually("a task that waits for an address", SOON, || {
+        let waiting =
+            c.tasks("many")?.into_iter().find(|t| t.state == "pending" || t.state == "new");
+        let waiting = waiting.context("none waits")?;
+        ensure!(!waiting.error.is_empty(), "{} gives no reason", waiting.name);
+        Ok(waiting)
+    })?;
+    ensure!(waiting.error.contains("small"), "the reason names no network: {:?}", waiting.error);
+    let ps = c.meshctl("m1", "service ps --no-trunc many")?.ok()?;
+    ensure!(ps.contains(&waiting.error), "service ps lacks {:?}:\n{ps}", waiting.error);
+    let stock = c.docker("m1", "service ps --no-trunc many")?.ok()?;
+    ensure!(stock.contains(&waiting.error), "docker lacks {:?}:\n{stock}", waiting.error);
+    let running = c.running("many")?.len();
+    ensure!((1..6).contains(&running), "{running} run");
+    c.scale("many", running).map(drop)
 }

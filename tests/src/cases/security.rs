@@ -8,7 +8,7 @@ use super::group;
 use crate::cluster::{Cluster, SOON, Task, eventually};
 
 group!("security": a_strangers_tunnel, another_nodes_tunnel, a_false_source_address, a_false_mac,
-    a_tunnel_without_sense, no_path_around_the_overlay);
+    a_tunnel_without_sense, no_path_around_the_overlay, drops_are_shown);
 
 /// Copies sent of each bad packet.
 const COPIES: u64 = 20;
@@ -159,5 +159,22 @@ fn no_path_around_the_overlay(c: &Cluster) -> Result<()> {
     let ran = c.on("client", &["ping", "-c2", "-W1", &target]);
     route("del")?;
     ensure!(ran?.status != 0, "the client reaches {target} on the overlay");
+    Ok(())
+}
+
+/// `meshctl node stats` names the reason and the number.
+fn drops_are_shown(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let target = address(&to)?;
+    let script = "ip link set eth0 address 02:00:00:00:00:01; ping -c 5 -i 0.02 -W 1 ".to_owned();
+    c.in_task(&from.id, &["sh", "-c", &(script + &target)])?;
+    let shown = c.meshctl("m1", &format!("node stats {}", from.node))?.ok()?;
+    let line =
+        shown.lines().find(|line| line.starts_with("source_mac ")).context("no such line")?;
+    let words: Vec<_> = line.split_whitespace().collect();
+    ensure!(words.len() == 3 && words[1] == "drop", "{line:?}");
+    ensure!(words[2].parse::<u64>()? >= 5, "{line:?}");
+    let json = c.meshctl("m1", &format!("node stats {} --format json", from.node))?.ok()?;
+    ensure!(json.lines().any(|line| line.contains("source_mac")), "{json}");
     Ok(())
 }

@@ -10,7 +10,8 @@ use crate::cluster::{Cluster, SOON, Task, eventually};
 group!("service": replicas_are_spread, global_is_one_per_node, the_environment_of_a_task,
     a_missing_command_fails_paced, restart_conditions, a_killed_task_is_replaced,
     a_crashed_nodes_tasks_move, duplicate_names_are_refused, bad_options_are_refused_by_name,
-    stopping_is_asked_first, exec_is_the_command);
+    stopping_is_asked_first, then_it_is_made, places_of_its_own, exec_is_the_command,
+    whoami_does_as_it_is_told);
 
 fn replicas_are_spread(c: &Cluster) -> Result<()> {
     c.service("--name spread --replicas 5", "sleep infinity")?;
@@ -103,8 +104,7 @@ fn a_killed_task_is_replaced(c: &Cluster) -> Result<()> {
     let before = c.wait_running("web", 2)?;
     // Signals to the first process of a PID namespace count only from outside it, so from its node.
     let id = &before[0].id;
-    let inspect = c.api("GET", &format!("/tasks/{id}"))?;
-    let pid = inspect["Status"]["ContainerStatus"]["PID"].as_u64().context("no pid")?;
+    let pid = pid_of(c, &before[0])?;
     c.on(&before[0].node, &["kill", "-KILL", &pid.to_string()])?.ok()?;
     eventually("another task in its place", SOON, || {
         let now = c.running("web")?;
@@ -170,6 +170,75 @@ fn stopping_is_asked_first(c: &Cluster) -> Result<()> {
         std::fs::read_to_string(heard).context("the task did not hear it")
     })?;
     std::fs::remove_file(heard).context("remove the note")
+}
+
+/// A task that will not hear is killed when the grace period is over, not before.
+fn then_it_is_made(c: &Cluster) -> Result<()> {
+    let options = ["--name", "deaf", "--stop-grace-period", "2s"];
+    c.service_args(&options, &["bash", "-c", "trap '' TERM; while :; do sleep 0.1; done"])?;
+    let task = c.wait_running("deaf", 1)?.pop().context("no task")?;
+    let pid = pid_of(c, &task)?;
+    let alive = || std::path::Path::new(&format!("/proc/{pid}")).exists();
+    let begin = std::time::Instant::now();
+    c.meshctl("m1", "service rm deaf")?.ok()?;
+    eventually("the task to be gone", SOON, || {
+        ensure!(!alive(), "it lives");
+        Ok(())
+    })?;
+    let took = begin.elapsed();
+    ensure!(took > Duration::from_millis(1900), "it was killed after {took:?}");
+    ensure!(took < Duration::from_secs(6), "it was killed only after {took:?}");
+    Ok(())
+}
+
+/// The host's pid of a task's first process.
+fn pid_of(c: &Cluster, task: &Task) -> Result<u64> {
+    let inspect = c.api("GET", &format!("/tasks/{}", task.id))?;
+    inspect["Status"]["ContainerStatus"]["PID"].as_u64().context("no pid")
+}
+
+/// A task has namespaces and a cgroup of its own.
+fn places_of_its_own(c: &Cluster) -> Result<()> {
+    c.service("--name one --replicas 1", "sleep infinity")?;
+    let task = c.wait_running("one", 1)?.pop().context("no task")?;
+    let pid = pid_of(c, &task)?;
+    let node = c.lab.ps().into_iter().find(|row| row.name == task.node).context("no such node")?;
+    let daemon = node.pid.context("no daemon")?;
+    for kind in ["net", "mnt", "pid", "uts", "ipc"] {
+        let of = |pid: i64| std::fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+        let (own, nodes) = (of(pid.try_into()?)?, of(daemon.into())?);
+        ensure!(own != nodes, "the task is in its node's {kind} namespace");
+    }
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let under = format!("/mesh/{}/{}/", c.lab.name(), task.node);
+    ensure!(cgroup.contains(&under), "it is not under {under} but in {cgroup}");
+    ensure!(c.task_sh("one.1", "ps -e -o comm= | sort -u | head -1")? != "meshd");
+    Ok(())
+}
+
+fn whoami_does_as_it_is_told(c: &Cluster) -> Result<()> {
+    c.service(
+        "--name web --replicas 1 --env COLOR=blue --publish 8080:80",
+        crate::cluster::WHOAMI,
+    )?;
+    let curl = |arguments: &str| {
+        c.on("client", &["sh", "-c", &format!("curl -sS --max-time 8 {arguments}")])?.ok()
+    };
+    let base = "http://192.0.2.12:8080";
+    eventually("an answer", SOON, || c.fetch("client", base))?;
+    let answer = c.fetch("client", base)?;
+    for key in ["task", "service", "node", "client", "server", "protocol"] {
+        ensure!(answer[key].as_str().is_some_and(|text| !text.is_empty()), "no {key}: {answer}");
+    }
+    ensure!(curl(&format!("{base}/env"))?.contains("COLOR"), "/env lacks the environment");
+    let took: f64 =
+        curl(&format!("-o /dev/null -w '%{{time_total}}' '{base}/?delay=1s'"))?.parse()?;
+    ensure!((1.0..3.0).contains(&took), "a delay of 1 s took {took} s");
+    let health = || curl(&format!("-o /dev/null -w '%{{http_code}}' {base}/health"));
+    ensure!(health()? == "200", "{}", health()?);
+    curl(&format!("-X POST '{base}/health?ok=false'"))?;
+    ensure!(health()? == "503", "{}", health()?);
+    Ok(())
 }
 
 fn exec_is_the_command(c: &Cluster) -> Result<()> {

@@ -77,8 +77,7 @@ fn scaling_is_followed(c: &Cluster) -> Result<()> {
     c.web("--replicas 1")?;
     c.shell()?;
     for count in [4, 2, 5] {
-        c.meshctl("m1", &format!("service scale web={count}"))?.ok()?;
-        c.wait_running("web", count)?;
+        c.scale("web", count)?;
         eventually(&format!("{count} tasks to answer"), SOON, || {
             let tasks = answers(c, "shell.1", "http://web/", 40)?;
             ensure!(tasks.len() == count, "{tasks:?}");
@@ -144,7 +143,7 @@ fn a_flow_survives_scaling(c: &Cluster) -> Result<()> {
     std::thread::scope(|scope| {
         let flow = scope.spawn(|| c.task_sh("shell.1", script));
         for count in [5, 3, 6] {
-            c.meshctl("m1", &format!("service scale web={count}"))?.ok()?;
+            c.scale("web", count)?;
         }
         let said = flow.join().map_err(|_| anyhow::anyhow!("the flow panicked"))??;
         ensure!(said == "done", "{said:?}");
