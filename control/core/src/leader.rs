@@ -1,6 +1,7 @@
 //! The leader's loops as one pure function over a store view.
 //!
-//! One round looks at the whole store and asks for what should change, as one transaction:
+//! One round looks at the whole store and asks for what should change, as one transaction (several
+//! when it is a lot):
 //! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks there
 //! should be, then waiting tasks are let go, leases are tried again, the [`scheduler`] places what
 //! is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds (a task

@@ -11,6 +11,7 @@ use mesh_types::{
 use crate::{
     command::Command,
     fixtures::{Bench, node_id, service},
+    leader::{LeaderMemory, decide, view::CHANGES_MAX},
     model::{Availability, NodeState},
 };
 
@@ -283,4 +284,29 @@ fn global_tasks_are_made_in_one_transaction() {
     assert_eq!(bench.live(every).len(), 5);
     bench.run();
     assert_eq!(bench.running(every), 5);
+}
+
+#[test]
+fn a_huge_service_is_made_in_several_transactions() {
+    let mut bench = Bench::with_nodes(3);
+    let huge = bench.create_service(1, service("huge", 5000, &[]));
+    let mut next = 1 << 64;
+    let mut fresh = || {
+        next += 1;
+        next
+    };
+    let decision = decide(&bench.store, &mut LeaderMemory::default(), 0, &mut fresh);
+    let sizes: Vec<usize> = decision
+        .commands
+        .iter()
+        .map(|command| match command {
+            Command::ChangeTasks(changes) => changes.len(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(sizes, [CHANGES_MAX, CHANGES_MAX, 5000 - 2 * CHANGES_MAX]);
+    for command in decision.commands {
+        bench.apply(command).unwrap();
+    }
+    assert_eq!(bench.live(huge).len(), 5000);
 }

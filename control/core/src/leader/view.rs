@@ -11,6 +11,10 @@ use crate::{
     store::Store,
 };
 
+/// One transaction has no more changes: an entry of the log has a maximum, and one service with very
+/// many replicas must not keep all others from being looked after.
+pub(super) const CHANGES_MAX: usize = 2048;
+
 /// Where a service wants one task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Place {
@@ -138,11 +142,12 @@ impl<'a> Round<'a> {
     }
 
     pub(super) fn decision(self) -> Decision {
-        let commands = if self.changes.is_empty() {
-            Vec::new()
-        } else {
-            vec![Command::ChangeTasks(self.changes)]
-        };
+        let mut commands = Vec::new();
+        let mut changes = self.changes.into_iter().peekable();
+        while changes.peek().is_some() {
+            let some = changes.by_ref().take(CHANGES_MAX).collect();
+            commands.push(Command::ChangeTasks(some));
+        }
         Decision { commands, wake_at_ms: self.wake_at_ms }
     }
 }

@@ -267,7 +267,7 @@ impl Store {
 }
 
 /// Slots are made one task each; more would swamp the store before any network had room.
-const MAX_REPLICAS: u64 = 100_000;
+const MAX_REPLICAS: u64 = 10_000;
 
 /// Ports that the mesh would take from the nodes' own daemons: it answers before the host does.
 fn reserved(store: &Store, key: (Protocol, u16)) -> Option<&'static str> {

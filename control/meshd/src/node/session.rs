@@ -27,6 +27,8 @@ use crate::{
 const SILENCE: Duration = Duration::from_secs(5);
 /// Opening a session or reporting takes no longer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Statuses in one report.
+const STATUSES_MAX: usize = 512;
 /// Between rounds over all managers.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
@@ -133,7 +135,7 @@ impl Session {
         });
         if changed {
             let settings = Arc::clone(&self.settings.borrow());
-            keep(persist::save_settings(&self.options.state_dir, &settings));
+            keep(|| persist::save_settings(&self.options.state_dir, &settings));
         }
     }
 
@@ -151,13 +153,15 @@ impl Session {
         });
         if changed && content {
             let records = Arc::clone(&self.records.borrow());
-            keep(persist::save_records(&self.options.state_dir, &records));
+            keep(|| persist::save_records(&self.options.state_dir, &records));
         }
     }
 }
 
-fn keep(saved: Result<()>) {
-    if let Err(error) = saved {
+/// Keeps something on disk. That waits for the disk, so the runtime's other work moves away from this
+/// thread: there are few of them, and raft's heartbeats must not wait too.
+fn keep(save: impl FnOnce() -> Result<()>) {
+    if let Err(error) = tokio::task::block_in_place(save) {
         tracing::error!(error = %format!("{error:#}"), "state is not kept; a restart without managers would miss it");
     }
 }
@@ -175,7 +179,12 @@ impl Reporter {
         loop {
             let mut description = None;
             let statuses = tokio::select! {
-                statuses = self.statuses.next() => statuses.context("the agent ended")?,
+                statuses = self.statuses.next() => {
+                    let mut statuses = statuses.context("the agent ended")?;
+                    // A report becomes one entry of the log. What is left comes again at once.
+                    statuses.truncate(STATUSES_MAX);
+                    statuses
+                }
                 changed = self.applied.changed() => {
                     changed.context("the data plane ended")?;
                     Vec::new()
