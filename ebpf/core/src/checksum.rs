@@ -7,7 +7,6 @@ use crate::wire::{IcmpHeader, Ipv4Header};
 /// Folds a sum to 16 bits.
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "folded below 2^16 first")]
 pub const fn fold(sum: u32) -> u16 {
     // Twice: the first may carry once more.
     let sum = (sum & 0xffff).wrapping_add(sum >> 16);

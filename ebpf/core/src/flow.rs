@@ -158,8 +158,14 @@ pub const fn write_partner_value_of(
     out.endpoint = value.endpoint;
     out.node = value.node;
     out.last_ns = value.last_ns;
-    out.port_be = if reply { key.sport_be } else { key.dport_be };
-    out.client_port_be = if reply { key.dport_be } else { key.sport_be };
+    // Of a hairpin both entries are forward ones, with the ports exchanged.
+    if reply || value.state & FLOW_STATE_HAIRPIN != 0 {
+        out.port_be = key.sport_be;
+        out.client_port_be = key.dport_be;
+    } else {
+        out.port_be = key.dport_be;
+        out.client_port_be = key.sport_be;
+    }
     out.state = value.state & !FLOW_STATE_REPLIED;
     out.pad = 0;
 }
@@ -317,7 +323,6 @@ pub fn expired(now_ns: u64, key: &FlowKey, value: &FlowValue, other: Option<&Flo
 /// one is taken by another of its flows. In the dynamic range.
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "14 bits")]
 pub const fn client_port(own_be: u16, hash: u32, attempt: u32) -> u16 {
     if attempt == 0 {
         return own_be;
@@ -325,3 +330,7 @@ pub const fn client_port(own_be: u16, hash: u32, attempt: u32) -> u16 {
     let mixed = hash.rotate_left(7).wrapping_add(attempt.wrapping_mul(0x9e37_79b9)) >> 16;
     (49152 | (mixed & 0x3fff) as u16).to_be()
 }
+
+#[cfg(test)]
+#[path = "flow_tests.rs"]
+mod tests;

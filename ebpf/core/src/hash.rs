@@ -24,7 +24,6 @@ const K2: u64 = 0xc4ce_b9fe_1a85_ec53;
 /// The flow's hash. Final: nodes of different versions balance one cluster.
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "the mixed half is what is wanted")]
 pub const fn flow(tuple: &Tuple) -> u32 {
     let addresses = (u32::from_be(tuple.src) as u64) << 32 | u32::from_be(tuple.dst) as u64;
     // What varies most in the lowest bits: a product carries upwards only.
@@ -42,7 +41,6 @@ pub const fn flow(tuple: &Tuple) -> u32 {
 /// A slot of a table of `len` entries, evenly (Lemire's multiply-shift); 0 if it is empty.
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "smaller than `len`")]
 pub const fn slot(hash: u32, len: u32) -> u32 {
     ((hash as u64).wrapping_mul(len as u64) >> 32) as u32
 }
@@ -50,7 +48,6 @@ pub const fn slot(hash: u32, len: u32) -> u32 {
 /// The outer source port: entropy for ECMP and RSS, in the dynamic range (RFC 7348 section 5).
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "14 bits")]
 pub const fn source_port(hash: u32) -> u16 {
     49152 | (hash & 0x3fff) as u16
 }

@@ -41,7 +41,6 @@ impl Mac {
     /// For a header.
     #[inline(always)]
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "takes the address apart")]
     pub const fn words(self) -> [u16; 3] {
         [((self.0 >> 32) as u16).to_be(), ((self.0 >> 16) as u16).to_be(), (self.0 as u16).to_be()]
     }
@@ -49,7 +48,6 @@ impl Mac {
     /// The first byte.
     #[inline(always)]
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "the upper 8 of 48 bits")]
     pub const fn kind(self) -> u8 {
         (self.0 >> ID_BITS) as u8
     }
