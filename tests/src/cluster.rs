@@ -431,6 +431,13 @@ fn to_task(service: &str, task: &Value, nodes: &BTreeMap<String, String>) -> Tas
     }
 }
 
+/// The row of a table that has `word` in a column of its own; ids hold any letters.
+#[must_use]
+pub fn row_of<'a>(table: &'a str, word: &str) -> &'a str {
+    let has = |line: &&str| line.split_whitespace().any(|column| column == word);
+    table.lines().find(has).unwrap_or_default()
+}
+
 /// The elements of an array; none of anything else.
 #[must_use]
 pub fn list(value: &Value) -> &[Value] {

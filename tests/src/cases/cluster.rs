@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::group;
-use crate::cluster::{Cluster, SOON, eventually, list};
+use crate::cluster::{Cluster, SOON, eventually, list, row_of};
 
 group!("cluster": ready_in_time, managers_and_one_leader, a_follower_forwards_writes, daemon_killed,
     a_new_leader_after_a_crash);
@@ -59,8 +59,7 @@ fn daemon_killed(c: &Cluster) -> Result<()> {
     c.lab.start("w1")?;
     eventually("w1 to be ready again", SOON, || {
         let nodes = c.meshctl("m1", "node ls")?.ok()?;
-        let line = nodes.lines().find(|line| line.contains("w1")).unwrap_or_default();
-        ensure!(line.to_lowercase().contains("ready"), "{line:?}");
+        ensure!(row_of(&nodes, "w1").contains("Ready"), "{nodes}");
         Ok(())
     })?;
     let after = c.wait_running("web", 5)?;

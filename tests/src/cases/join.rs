@@ -3,12 +3,14 @@
 use anyhow::{Context, Result, ensure};
 
 use super::group;
-use crate::cluster::{Cluster, SOON, eventually, field};
+use crate::cluster::{Cluster, SOON, eventually, field, row_of};
 
 group!("join": nothing_works_before_init, wrong_tokens, another_clusters_token, join_and_leave,
     a_manager_joins_and_leaves, the_stock_client_joins);
 
+/// Makes a cluster of `node`, whatever an earlier case left.
 fn init(c: &Cluster, node: &str) -> Result<()> {
+    leave_all(c)?;
     let address = c.lab.member(node)?.address;
     c.meshctl(node, &format!("swarm init --advertise-addr {address}"))?.ok().map(drop)
 }
@@ -30,6 +32,11 @@ fn leave(c: &Cluster, node: &str) -> Result<()> {
         c.meshctl(node, "swarm leave --force")?.ok()?;
     }
     Ok(())
+}
+
+fn leave_all(c: &Cluster) -> Result<()> {
+    leave(c, "w1")?;
+    leave(c, "m1")
 }
 
 fn nothing_works_before_init(c: &Cluster) -> Result<()> {
@@ -71,8 +78,7 @@ fn join_and_leave(c: &Cluster) -> Result<()> {
     let line_of_w1 = |word: &str| {
         eventually(&format!("w1 to be {word}"), SOON, || {
             let nodes = c.meshctl("m1", "node ls")?.ok()?;
-            let line = nodes.lines().find(|line| line.contains("w1")).unwrap_or_default();
-            ensure!(line.to_lowercase().contains(word), "{nodes}");
+            ensure!(row_of(&nodes, "w1").to_lowercase().contains(word), "{nodes}");
             Ok(())
         })
     };
@@ -106,6 +112,7 @@ fn a_manager_joins_and_leaves(c: &Cluster) -> Result<()> {
 /// What the guides say, by the `docker` that they say it with.
 fn the_stock_client_joins(c: &Cluster) -> Result<()> {
     let docker = |node: &str, line: &str| c.docker(node, line);
+    leave_all(c)?;
     let said = docker("m1", "swarm init --advertise-addr 192.0.2.11")?.ok()?;
     let command = said
         .lines()
@@ -115,8 +122,7 @@ fn the_stock_client_joins(c: &Cluster) -> Result<()> {
     ensure!(docker("w1", command)?.ok()?.contains("joined a swarm as a worker"));
     eventually("w1 to be ready", SOON, || {
         let nodes = docker("m1", "node ls")?.ok()?;
-        let line = nodes.lines().find(|line| line.contains("w1")).unwrap_or_default();
-        ensure!(line.contains("Ready"), "{nodes}");
+        ensure!(row_of(&nodes, "w1").contains("Ready"), "{nodes}");
         Ok(())
     })?;
     ensure!(docker("m1", "node inspect --pretty w1")?.ok()?.contains("w1"));

@@ -57,7 +57,7 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_enum, default_value = "replicated")]
     mode: Mode,
     /// The number of tasks; 1 if not given
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     replicas: Option<u64>,
     /// Join a network: NAME or name=NAME,alias=ALIAS (may be repeated)
     #[arg(long, value_parser = publish::network, value_name = "NETWORK")]
