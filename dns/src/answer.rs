@@ -254,8 +254,9 @@ impl Reply<'_> {
         self.finish(self.start(code))
     }
 
-    /// Writes the message within the size that the asker can take. Addresses that do not fit are left
-    /// away and the message marked: the asker comes back over TCP, or makes do with what it got.
+    /// Writes the message within the size that the asker can take. Addresses that do not fit are
+    /// left away and the message marked: the asker comes back over TCP, or makes do with what it
+    /// got.
     fn finish(&self, mut reply: Message) -> Decision {
         let limit = match self.transport {
             Transport::Tcp => u16::MAX,

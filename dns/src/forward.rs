@@ -1,7 +1,7 @@
 //! Outside names: the query goes to the node's own resolvers, byte for byte but for its id.
 //!
-//! Each query has a socket of its own, so port and id are both random (RFC 5452), connected, so that
-//! the kernel drops what comes from elsewhere.
+//! Each query has a socket of its own, so port and id are both random (RFC 5452), connected, so
+//! that the kernel drops what comes from elsewhere.
 
 use std::{
     io,

@@ -11,8 +11,9 @@
 //! | another name + `.network` | does not exist | asked outside |
 //! | `_…` labels before an internal name | does not exist | does not exist |
 //!
-//! A name on several networks of a task is that of the first. Of a name's two meanings on one network
-//! a service's own name goes before an alias; an alias of several services has all their addresses.
+//! A name on several networks of a task is that of the first. Of a name's two meanings on one
+//! network a service's own name goes before an alias; an alias of several services has all their
+//! addresses.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

@@ -2,9 +2,9 @@
 //!
 //! [`answer`] is the logic, without IO: a [`Snapshot`](snapshot::Snapshot) becomes an
 //! [`Index`](index::Index), and a query of a task becomes a [`Decision`](answer::Decision).
-//! [`server`] is the shell around it, the process `meshd dns`: sockets inside the tasks' namespaces,
-//! [`forward`]ing of outside names from the node's, and the [`control`] socket on which meshd pushes
-//! snapshots. It goes on with its last snapshot while meshd is away.
+//! [`server`] is the shell around it, the process `meshd dns`: sockets inside the tasks'
+//! namespaces, [`forward`]ing of outside names from the node's, and the [`control`] socket on which
+//! meshd pushes snapshots. It goes on with its last snapshot while meshd is away.
 //!
 //! Which names are internal, and so never leave the node, is said in [`index`].
 

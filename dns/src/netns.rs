@@ -25,7 +25,8 @@ pub(crate) struct TaskSockets {
 
 /// Opens a task's sockets in its namespace.
 ///
-/// A thread changes its namespace and ends; the sockets stay where they were made, whoever uses them.
+/// A thread changes its namespace and ends; the sockets stay where they were made, whoever uses
+/// them.
 pub(crate) async fn open(netns: PathBuf) -> io::Result<TaskSockets> {
     let (done, result) = oneshot::channel();
     std::thread::Builder::new().name("netns".to_owned()).stack_size(64 << 10).spawn(move || {

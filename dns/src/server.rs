@@ -1,7 +1,7 @@
 //! The process `meshd dns`: one thread, all tasks of the node.
 //!
-//! It ends when it is told to, never because meshd did. A snapshot says which tasks there are; their
-//! sockets are opened, and tried again until they are open, and closed when the task is gone.
+//! It ends when it is told to, never because meshd did. A snapshot says which tasks there are;
+//! their sockets are opened, and tried again until they are open, and closed when the task is gone.
 
 use std::{
     collections::HashMap,
@@ -39,7 +39,8 @@ use crate::{
     snapshot::Snapshot,
 };
 
-/// Queries under way to the node's resolvers, of all tasks. More are dropped: their askers ask again.
+/// Queries under way to the node's resolvers, of all tasks. More are dropped: their askers ask
+/// again.
 const MAX_FORWARDS: usize = 1024;
 /// TCP connections of one task.
 const MAX_CONNECTIONS: usize = 64;

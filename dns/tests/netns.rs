@@ -1,5 +1,6 @@
-//! The resolver as tasks see it: `dig` in one namespace, the node's resolver in another, an upstream
-//! in a third. Needs root, `ip` and `dig`. The port rewrite on the task's `lo` is not part of this.
+//! The resolver as tasks see it: `dig` in one namespace, the node's resolver in another, an
+//! upstream in a third. Needs root, `ip` and `dig`. The port rewrite on the task's `lo` is not part
+//! of this.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
 
@@ -263,8 +264,8 @@ async fn tasks_find_services_and_the_world() {
     assert!(dig(LATE, "web +short +time=1").contains("refused"));
     assert_eq!(dig(TASK, "web +short"), "10.0.0.2");
 
-    // meshd goes, the resolver stays; a second one is refused; and it serves its last snapshot again
-    // after its own death.
+    // meshd goes, the resolver stays; a second one is refused; and it serves its last snapshot
+    // again after its own death.
     drop(control);
     assert_eq!(dig(TASK, "web +short"), "10.0.0.2");
     assert!(serve(&config).await.unwrap_err().to_string().contains("another resolver"));

@@ -1,6 +1,6 @@
 //! What crosses the API's socket: requests and answers of the Docker Engine API's swarm part, and
-//! of our own additions under `/mesh/`. Plain serde types; absent, null and zero are told apart where
-//! Docker's clients do. No types of the store: the daemon converts by hand.
+//! of our own additions under `/mesh/`. Plain serde types; absent, null and zero are told apart
+//! where Docker's clients do. No types of the store: the daemon converts by hand.
 //!
 //! Field names are Docker's (`PascalCase`, ids as `ID`), so fields are documented only where the
 //! Engine API's own reference does not say it all.

@@ -2,11 +2,12 @@
 //!
 //! One round looks at the whole store and asks for what should change, as one transaction (several
 //! when it is a lot):
-//! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks there
-//! should be, then waiting tasks are let go, leases are tried again, the [`scheduler`] places what
-//! is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds (a task
-//! made in one is placed in the next), so call it again after its commands were applied; it returns
-//! nothing once all is as it should be. The cost of a round is that of walking all tasks once.
+//! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks
+//! there should be, then waiting tasks are let go, leases are tried again, the [`scheduler`] places
+//! what is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds
+//! (a task made in one is placed in the next), so call it again after its commands were applied; it
+//! returns nothing once all is as it should be. The cost of a round is that of walking all tasks
+//! once.
 
 mod global;
 mod reaper;
@@ -40,8 +41,8 @@ pub struct LeaderMemory {
     pub complained: std::collections::BTreeSet<NetworkId>,
 }
 
-/// One round. Level-triggered: called on every change of the store and at `wake_at_ms`; with nothing
-/// left to do it returns no commands. `fresh` draws ids.
+/// One round. Level-triggered: called on every change of the store and at `wake_at_ms`; with
+/// nothing left to do it returns no commands. `fresh` draws ids.
 pub fn decide(
     store: &Store,
     memory: &mut LeaderMemory,

@@ -1,9 +1,9 @@
 //! The store: objects by id, and the deterministic function that applies a proposal.
 //!
-//! Every command is applied in two steps: look (everything that can be refused is, leases are chosen
-//! but not taken), then write (nothing can fail any more). So a rejected proposal leaves no trace.
-//! Each object that a command changes gets the log index as its version: [`crate::stream`] relies
-//! on that.
+//! Every command is applied in two steps: look (everything that can be refused is, leases are
+//! chosen but not taken), then write (nothing can fail any more). So a rejected proposal leaves no
+//! trace. Each object that a command changes gets the log index as its version: [`crate::stream`]
+//! relies on that.
 
 mod cluster;
 pub mod leases;

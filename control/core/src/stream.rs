@@ -22,8 +22,8 @@ const TOMBSTONES: usize = 65_536;
 
 /// The records that a store implies, each with the revision of its last change, and tombstones.
 /// Every manager keeps one and feeds it after each applied entry, or after several: then their
-/// changes count as of the last. What came and went in between was never seen, so a node that another
-/// manager had brought to a revision in between gets its scopes anew.
+/// changes count as of the last. What came and went in between was never seen, so a node that
+/// another manager had brought to a revision in between gets its scopes anew.
 ///
 /// A log that begins with a store at revision R (a manager that started, or installed a snapshot)
 /// knows nothing about removals before R: nodes from before R get their scopes anew.

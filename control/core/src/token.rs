@@ -1,6 +1,6 @@
 //! Join tokens: `SWMTKN-1-<SHA-256 of the root certificate, 50 base-36 digits>-<secret, 25 base-36
-//! digits>`, Swarm's form. The digest pins the cluster's CA for the one who joins; the secret says to
-//! the cluster that he may, and as what.
+//! digits>`, Swarm's form. The digest pins the cluster's CA for the one who joins; the secret says
+//! to the cluster that he may, and as what.
 
 use core::{fmt, hint, str::FromStr};
 

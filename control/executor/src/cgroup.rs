@@ -64,7 +64,8 @@ impl Cgroup {
     /// `timeout`.
     ///
     /// # Errors
-    /// Those of the file system, and `TimedOut` while a process does not die (it hangs in the kernel).
+    /// Those of the file system, and `TimedOut` while a process does not die (it hangs in the
+    /// kernel).
     pub fn destroy(&self, timeout: Duration) -> io::Result<()> {
         Self::kill(&self.0)?;
         self.wait_empty(&self.0, timeout)?;

@@ -1,8 +1,8 @@
 //! Executors: what runs a task on a node. One trait, one backend per [`Runtime`]; `process` runs a
 //! host binary in the task's own namespaces, under a shim that outlives meshd.
 //!
-//! A task's life here: [`Executor::prepare`] makes its network namespace with nothing in it, so that
-//! interfaces can be plugged before any of its code runs; [`Executor::start`] runs it;
+//! A task's life here: [`Executor::prepare`] makes its network namespace with nothing in it, so
+//! that interfaces can be plugged before any of its code runs; [`Executor::start`] runs it;
 //! [`Executor::wait`] tells how it ended; [`Executor::remove`] leaves nothing. When to do which is
 //! decided elsewhere (meshd's agent).
 //!

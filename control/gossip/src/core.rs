@@ -39,8 +39,8 @@ pub struct Config {
 pub struct Timings {
     /// Each member probes one other, in a shuffled round, once per period. More than twice `rtt`.
     pub probe_period: Duration,
-    /// How long a probe waits for a direct answer before others are asked to try. A high quantile of
-    /// the network's round trip.
+    /// How long a probe waits for a direct answer before others are asked to try. A high quantile
+    /// of the network's round trip.
     pub rtt: Duration,
     /// How long a member must be silent, to all questions, before a suspicion turns into death.
     pub suspicion: Duration,

@@ -13,8 +13,8 @@ pub struct Member {
     pub id: NodeId,
     /// Where it listens.
     pub address: SocketAddr,
-    /// Which life of it: a later one replaces an earlier one. A daemon starts with the wall clock in
-    /// milliseconds; a member that finds itself declared dead goes on with the next number.
+    /// Which life of it: a later one replaces an earlier one. A daemon starts with the wall clock
+    /// in milliseconds; a member that finds itself declared dead goes on with the next number.
     pub bump: u64,
 }
 

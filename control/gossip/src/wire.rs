@@ -26,8 +26,8 @@ pub enum Message {
     /// "I am a member: take me in, and let me know you." Sent to addresses, for a joiner knows no
     /// more; answered by a SWIM announcement.
     Hello(Member),
-    /// "I suspect this life of yours: say that you live." Lifeguard's buddy system: the suspect hears
-    /// of it from the suspecting node itself, whatever became of the gossip.
+    /// "I suspect this life of yours: say that you live." Lifeguard's buddy system: the suspect
+    /// hears of it from the suspecting node itself, whatever became of the gossip.
     Ask {
         /// Who suspects.
         from: Member,

@@ -154,8 +154,8 @@ impl Resolver {
         })
     }
 
-    /// Ends the resolver for good, as when the node leaves its cluster. Tasks that still run have no
-    /// resolver afterwards.
+    /// Ends the resolver for good, as when the node leaves its cluster. Tasks that still run have
+    /// no resolver afterwards.
     pub async fn shutdown(&self) {
         self.stop.send_replace(true);
         // The supervisor holds the other end until it is done.

@@ -1,8 +1,8 @@
 //! Which index in `SERVICES` and which slice of `MAGLEV` each service has.
 //!
 //! The kernel is the memory: a service keeps what the maps already say of its address or ports, so
-//! neither a round nor a restart of the daemon moves a table under flows. A slice that the maps name
-//! is never given to another service in the same plan: its table is still being read.
+//! neither a round nor a restart of the daemon moves a table under flows. A slice that the maps
+//! name is never given to another service in the same plan: its table is still being read.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -2,8 +2,8 @@
 //!
 //! Pins, below `<pin_dir>/v<SCHEMA>/`: `maps/<NAME>` and, with tcx, `links/<hook>`. A daemon that
 //! starts opens the maps that are there and puts its own programs into the links that are there:
-//! no packet sees a hook without a program. Before tcx (6.6), and on `lo`, there are clsact filters,
-//! known again by priority and handle and replaced in one request.
+//! no packet sees a hook without a program. Before tcx (6.6), and on `lo`, there are clsact
+//! filters, known again by priority and handle and replaced in one request.
 
 use std::{
     collections::BTreeMap,

@@ -74,7 +74,8 @@ pub struct Lease {
 pub struct Report {
     /// Operations done, in order.
     pub applied: Vec<String>,
-    /// How many of them repaired what someone else had changed: it was wanted in the last round too.
+    /// How many of them repaired what someone else had changed: it was wanted in the last round
+    /// too.
     pub healed: usize,
     /// What failed. The next round tries again.
     pub failures: Vec<Failure>,

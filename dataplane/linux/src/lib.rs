@@ -5,8 +5,8 @@
 //! `mesh_dataplane::desired`, how to get there `mesh_dataplane::plan`.
 //!
 //! The kernel is reached through rtnetlink ([`mod@netlink`], `rtnl`), `/proc/sys`, the `nft`
-//! program, and bpf(2) by way of `aya` (`bpf`, `bpf_sys`). Everything that is not ours is left as it
-//! is: ours are links named `mesh-vxlan` and `mv<10 hex digits>` that carry our alias, routes of
+//! program, and bpf(2) by way of `aya` (`bpf`, `bpf_sys`). Everything that is not ours is left as
+//! it is: ours are links named `mesh-vxlan` and `mv<10 hex digits>` that carry our alias, routes of
 //! protocol 109, the table `ip mesh`, and what is pinned in our directory.
 
 mod apply;

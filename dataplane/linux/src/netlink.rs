@@ -1,8 +1,8 @@
 //! A synchronous netlink socket and the few encodings that rtnetlink needs.
 //!
-//! Own code instead of a crate, since one message must carry a veth's two ends, the peer's namespace
-//! by descriptor and BPF filters, and since sockets are opened on threads that visit other
-//! namespaces. Formats: `include/uapi/linux/netlink.h`; parsing checks every length.
+//! Own code instead of a crate, since one message must carry a veth's two ends, the peer's
+//! namespace by descriptor and BPF filters, and since sockets are opened on threads that visit
+//! other namespaces. Formats: `include/uapi/linux/netlink.h`; parsing checks every length.
 
 #![allow(unsafe_code, reason = "system calls on sockets")]
 

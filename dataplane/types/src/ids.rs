@@ -227,8 +227,8 @@ small_id!(
     EndpointId, u64, "endpoint id", 1, MAX_40
 );
 small_id!(
-    /// A node's number: 40 bits, leased by the store and never reused. It is the node's raft id, its
-    /// index in BPF maps, and the low bytes of mesh-return MACs.
+    /// A node's number: 40 bits, leased by the store and never reused. It is the node's raft id,
+    /// its index in BPF maps, and the low bytes of mesh-return MACs.
     NodeNumber, u64, "node number", 1, MAX_40
 );
 small_id!(

@@ -4,7 +4,8 @@
 //! edge, into these types; the limits live in their constructors. Every other crate depends on this
 //! one, and it depends on none of them.
 //!
-//! Read [`ids`] first, then [`record`] (what flows to every node) and [`spec`] (what users ask for).
+//! Read [`ids`] first, then [`record`] (what flows to every node) and [`spec`] (what users ask
+//! for).
 
 #![forbid(unsafe_code)]
 

@@ -51,8 +51,8 @@ pub(super) fn plan(round: &mut Round<'_>, service: &Service, places: &Places<'_>
     restart::roll(round, service, &outdated, moving);
 }
 
-/// The slots to give up: first those that do not run, the least advanced first; then one by one from
-/// the node with the most copies. Among equals the highest slot goes.
+/// The slots to give up: first those that do not run, the least advanced first; then one by one
+/// from the node with the most copies. Among equals the highest slot goes.
 fn surplus(round: &Round<'_>, slots: &BTreeMap<u64, &Task>, replicas: usize) -> Vec<u64> {
     let mut excess = slots.len().saturating_sub(replicas);
     let mut victims = Vec::with_capacity(excess);

@@ -102,8 +102,8 @@ pub(super) fn replace(
 /// A place with a running task that is out of date.
 pub(super) type Outdated<'a> = (Place, &'a [&'a Task], &'a Task);
 
-/// The rolling update: replaces one running task that is out of date, if nothing else of the service
-/// is on its way up or down.
+/// The rolling update: replaces one running task that is out of date, if nothing else of the
+/// service is on its way up or down.
 pub(super) fn roll(
     round: &mut Round<'_>,
     service: &Service,

@@ -1,6 +1,6 @@
 //! Puts pending tasks on nodes: spread. A task goes to the node with the fewest tasks of its
-//! service, then the fewest tasks, then the lowest id; nodes on which the service keeps failing come
-//! last.
+//! service, then the fewest tasks, then the lowest id; nodes on which the service keeps failing
+//! come last.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -11,8 +11,8 @@ use crate::{
     store::Store,
 };
 
-/// One transaction has no more changes: an entry of the log has a maximum, and one service with very
-/// many replicas must not keep all others from being looked after.
+/// One transaction has no more changes: an entry of the log has a maximum, and one service with
+/// very many replicas must not keep all others from being looked after.
 pub(super) const CHANGES_MAX: usize = 2048;
 
 /// Where a service wants one task.

@@ -88,8 +88,8 @@ impl Store {
         Ok(Outcome::Warnings(Vec::new()))
     }
 
-    /// As in Swarm the service is gone at once, and so are its VIPs and ports; its tasks stay, to be
-    /// removed, until their nodes say that they ended.
+    /// As in Swarm the service is gone at once, and so are its VIPs and ports; its tasks stay, to
+    /// be removed, until their nodes say that they ended.
     pub(super) fn remove_service(&mut self, at: At, id: ServiceId) -> Result<Outcome, Rejection> {
         let service = self.services.remove(&id).ok_or_else(|| not_found(id))?;
         self.move_vips(id, &service.vips, &[]);

@@ -44,7 +44,8 @@ impl Store {
                 newest = Some(task);
             }
         }
-        // A place has one live task: a decision that was made twice over the same view does no harm.
+        // A place has one live task: a decision that was made twice over the same view does no
+        // harm.
         if unknown || taken || self.tasks.contains_key(&id) {
             return;
         }

@@ -1,8 +1,8 @@
 //! The agent's state machine: what to do next with each task of this node.
 //!
 //! Level-triggered: it compares what a task's assignment asks for with what is known to exist, and
-//! asks for the one step that brings them closer. At most one step per task is under way, beside the
-//! watch for its end. No IO and no clock: assignments, outcomes of steps and the time come in,
+//! asks for the one step that brings them closer. At most one step per task is under way, beside
+//! the watch for its end. No IO and no clock: assignments, outcomes of steps and the time come in,
 //! [`Action`]s go out.
 
 use std::{

@@ -152,7 +152,8 @@ impl Agent {
 }
 
 impl AgentHandle {
-    /// Gives the agent the whole set of this node's tasks. What is not in it is stopped and removed.
+    /// Gives the agent the whole set of this node's tasks. What is not in it is stopped and
+    /// removed.
     pub fn assign(&self, set: Vec<TaskAssignment>) {
         // The driver lives as long as a handle does.
         let _ = self.inputs.send(Input::Assign(set));

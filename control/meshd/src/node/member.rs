@@ -242,8 +242,8 @@ impl Member {
             }
         };
         if self.tell_others().await {
-            // They take the tasks away, and hear of each end while the session lasts: else the tasks'
-            // addresses would be held until the node is removed.
+            // They take the tasks away, and hear of each end while the session lasts: else the
+            // tasks' addresses would be held until the node is removed.
             self.agent.released(RELEASE_PATIENCE).await;
         }
         self.tasks.end();
@@ -261,8 +261,8 @@ impl Member {
         first.map_or(Ok(()), Err)
     }
 
-    /// So that the others need not wait for silence. Best effort: they find out in any case. Whether
-    /// one was told.
+    /// So that the others need not wait for silence. Best effort: they find out in any case.
+    /// Whether one was told.
     async fn tell_others(&self) -> bool {
         let managers = self.settings.borrow().managers.clone();
         for manager in managers.into_iter().filter(|m| m.node != self.identity.node) {

@@ -1,6 +1,6 @@
 //! The API end to end: the real HTTP server on a unix socket over a store without raft, spoken to
-//! by a plain HTTP client and, where it is installed, by the stock `docker` CLI. It proves the forms
-//! and the words of the API; it cannot prove what the daemon behind it does.
+//! by a plain HTTP client and, where it is installed, by the stock `docker` CLI. It proves the
+//! forms and the words of the API; it cannot prove what the daemon behind it does.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
