@@ -104,9 +104,6 @@ impl Bpf {
         // After the maps' layouts are known to fit: the verifier would say it less plainly.
         let mut ids = BTreeMap::new();
         for name in PROGRAMS {
-            if ebpf.program(name).is_none() {
-                continue;
-            }
             ids.insert(name, load_program(&mut ebpf, name)?);
         }
         Ok(Self { ebpf, ids, maps, maglev, counters, flows, flow_capacity, links, tcx })
@@ -114,11 +111,6 @@ impl Bpf {
 
     pub(crate) fn map(&self, id: MapId) -> &RawMap {
         &self.maps[&id]
-    }
-
-    /// Whether the object has the hook's program.
-    pub(crate) fn has(&self, hook: Hook) -> bool {
-        self.ids.contains_key(program_of(hook))
     }
 
     fn program(&self, hook: Hook) -> io::Result<BorrowedFd<'_>> {

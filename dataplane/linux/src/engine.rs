@@ -251,7 +251,7 @@ impl Engine {
             gateway_range: self.config.gateway_range,
             maglev_capacity: capacity,
         };
-        let mut desired = desired(&Input {
+        Ok(desired(&Input {
             node: self.config.node,
             records: &self.records,
             underlay: &underlay,
@@ -259,9 +259,7 @@ impl Engine {
             withdrawn: &self.withdrawn,
             options: &options,
             previous: self.last.as_ref(),
-        });
-        desired.objects.retain(|key, _| !matches!(key, Key::Hook(hook) if !self.bpf.has(*hook)));
-        Ok(desired)
+        }))
     }
 
     /// One round: computes what should be, observes, and applies the difference.

@@ -1,13 +1,10 @@
 //! A node and its tasks for tests.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::{
     collections::BTreeMap,
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
-    process::Command,
     sync::Arc,
 };
 
@@ -22,27 +19,7 @@ use mesh_types::{
     task::InterfaceSpec,
 };
 
-/// Runs a shell command; its output. Panics if it fails.
-pub(crate) fn sh(command: &str) -> String {
-    let output = Command::new("sh").args(["-c", command]).output().expect("sh");
-    assert!(
-        output.status.success(),
-        "`{command}`: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// `ip` with arguments.
-pub(crate) fn ip(args: &str) -> String {
-    sh(&format!("ip {args}"))
-}
-
-/// How many lines of a command's output hold the text.
-pub(crate) fn count(command: &str, text: &str) -> usize {
-    sh(command).lines().filter(|line| line.contains(text)).count()
-}
+use crate::host::{block_on, count, ip};
 
 /// What a test does to a map.
 #[derive(Debug, Clone, Copy)]
@@ -75,14 +52,14 @@ pub(crate) fn node(number: u64) -> NodeNumber {
     NodeNumber::new(number).unwrap()
 }
 
-fn vni(value: u64) -> Vni {
+pub(crate) fn vni(value: u64) -> Vni {
     Vni::new(value).unwrap()
 }
 
 impl Node {
     /// Makes the node's namespace with an uplink 192.0.2.1/24, whose other end is inside too.
     pub(crate) fn new(test: &str) -> Self {
-        let prefix = format!("h2-{test}-{}", std::process::id());
+        let prefix = format!("mesh-{test}-{}", std::process::id());
         let pins = PathBuf::from(format!("/sys/fs/bpf/{prefix}"));
         mesh_linux::ensure_bpffs(&pins).expect("a bpffs");
         let node = Self { prefix, tasks: Vec::new(), pins, clsact: false };
@@ -100,10 +77,9 @@ impl Node {
     pub(crate) fn inside(&mut self, test: impl AsyncFnOnce(&mut Self) + Send) {
         let path = Path::new("/run/netns").join(&self.prefix);
         let netns = netns::Netns::open(&path).unwrap();
-        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
         netns
             .run(move || {
-                runtime()?.block_on(test(self));
+                block_on(test(self));
                 Ok(())
             })
             .unwrap();

@@ -1,0 +1,217 @@
+//! Servers and clients inside network namespaces.
+//!
+//! A server says its name and whom it talks to: `NAME ADDRESS:PORT`. Over TCP it then reads all
+//! that comes and answers with the number of bytes (8 digits) and as many bytes.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use crate::host::{inside, patience};
+
+/// An answer: who gave it, and which client it saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) server: String,
+    pub(crate) client: SocketAddr,
+    /// The client's own address.
+    pub(crate) own: SocketAddr,
+}
+
+impl Answer {
+    fn parse(text: &str, own: SocketAddr) -> Self {
+        let (server, client) = text.trim_end().split_once(' ').expect("an answer");
+        Self { server: server.to_owned(), client: client.parse().unwrap(), own }
+    }
+}
+
+/// TCP and UDP on one port of a namespace.
+pub(crate) struct Server {
+    netns: String,
+    port: u16,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(crate) fn start(name: &str, netns: &str, port: u16) -> Self {
+        let any = (Ipv4Addr::UNSPECIFIED, port);
+        let (tcp, udp) =
+            inside(netns, || (TcpListener::bind(any).unwrap(), UdpSocket::bind(any).unwrap()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (name, stopped) = (name.to_owned(), Arc::clone(&stop));
+        let tcp = {
+            let (name, stopped) = (name.clone(), Arc::clone(&stopped));
+            std::thread::spawn(move || serve_tcp(&tcp, &name, &stopped))
+        };
+        let udp = std::thread::spawn(move || serve_udp(&udp, &name, &stopped));
+        Self { netns: netns.to_owned(), port, stop, threads: vec![tcp, udp] }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let at = (Ipv4Addr::LOCALHOST, self.port);
+        inside(&self.netns, || {
+            let _ = TcpStream::connect(at);
+            let _ = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|s| s.send_to(b"", at));
+        });
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve_tcp(listener: &TcpListener, name: &str, stop: &AtomicBool) {
+    for stream in listener.incoming() {
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(stream) = stream else { continue };
+        let name = name.to_owned();
+        std::thread::spawn(move || converse(stream, &name));
+    }
+}
+
+fn converse(mut stream: TcpStream, name: &str) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience()))?;
+    let client = stream.peer_addr()?;
+    stream.write_all(format!("{name} {client}\n").as_bytes())?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes)?;
+    stream.write_all(format!("{:08}", bytes.len()).as_bytes())?;
+    stream.write_all(&bytes)
+}
+
+fn serve_udp(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
+    let mut buffer = [0; 2048];
+    while !stop.load(Ordering::SeqCst) {
+        if let Ok((_, client)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(format!("{name} {client}\n").as_bytes(), client);
+        }
+    }
+}
+
+/// A TCP connection from a namespace, greeted by its server.
+pub(crate) struct Connection {
+    stream: TcpStream,
+    pub(crate) answer: Answer,
+}
+
+impl Connection {
+    pub(crate) fn open(netns: &str, to: Ipv4Addr, port: u16) -> io::Result<Self> {
+        let to = SocketAddr::from((to, port));
+        let mut stream = inside(netns, || TcpStream::connect_timeout(&to, patience()))?;
+        stream.set_read_timeout(Some(patience()))?;
+        stream.set_write_timeout(Some(patience()))?;
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while byte != [b'\n'] {
+            stream.read_exact(&mut byte)?;
+            line.push(byte[0]);
+        }
+        let answer = Answer::parse(&String::from_utf8_lossy(&line), stream.local_addr()?);
+        Ok(Self { stream, answer })
+    }
+
+    /// Sends so many bytes, and gets them back.
+    pub(crate) fn exchange(mut self, len: usize) -> io::Result<()> {
+        let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+        self.stream.write_all(&bytes)?;
+        self.stream.shutdown(Shutdown::Write)?;
+        let mut back = Vec::new();
+        self.stream.read_to_end(&mut back)?;
+        let expected = [format!("{len:08}").as_bytes(), &bytes].concat();
+        assert!(back == expected, "{} bytes came back of {len}", back.len());
+        Ok(())
+    }
+}
+
+/// Asks over TCP.
+pub(crate) fn ask_tcp(netns: &str, to: Ipv4Addr, port: u16) -> Answer {
+    let failed = |error| panic!("TCP from {netns} to {to}:{port}: {error}");
+    let connection = Connection::open(netns, to, port).unwrap_or_else(failed);
+    let answer = connection.answer.clone();
+    connection.exchange(3).unwrap_or_else(|error| panic!("TCP from {netns} to {to}: {error}"));
+    answer
+}
+
+/// A UDP socket in a namespace, connected: it hears of errors, and of its peer alone.
+pub(crate) fn udp(netns: &str, to: Ipv4Addr, port: u16) -> UdpSocket {
+    inside(netns, || {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        socket.connect((to, port)).unwrap();
+        socket.set_read_timeout(Some(patience())).unwrap();
+        socket
+    })
+}
+
+/// Sends a datagram of so many bytes and waits for the answer.
+pub(crate) fn exchange_udp(socket: &UdpSocket, len: usize) -> io::Result<Answer> {
+    socket.send(&vec![b'x'; len])?;
+    let mut buffer = [0; 2048];
+    let got = socket.recv(&mut buffer)?;
+    Ok(Answer::parse(&String::from_utf8_lossy(&buffer[..got]), socket.local_addr()?))
+}
+
+/// Asks over UDP.
+pub(crate) fn ask_udp(netns: &str, to: Ipv4Addr, port: u16) -> Answer {
+    let socket = udp(netns, to, port);
+    let failed = |error| panic!("UDP from {netns} to {to}:{port}: {error}");
+    exchange_udp(&socket, 5).unwrap_or_else(failed)
+}
+
+/// Whether a datagram is waiting, or comes in a moment.
+pub(crate) fn hears(socket: &UdpSocket, moment: Duration) -> Option<Vec<u8>> {
+    socket.set_read_timeout(Some(moment)).unwrap();
+    let mut buffer = [0; 2048];
+    socket.recv(&mut buffer).ok().map(|len| buffer[..len].to_vec())
+}
+
+/// A VXLAN packet's UDP payload (RFC 7348, section 5) that carries a UDP datagram.
+pub(crate) struct Forged {
+    pub(crate) vni: u32,
+    /// Endpoint numbers: MACs and addresses follow from them.
+    pub(crate) from: u8,
+    pub(crate) to: u8,
+    pub(crate) port: u16,
+    pub(crate) text: &'static str,
+}
+
+impl Forged {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut out = vec![8, 0, 0, 0];
+        out.extend((self.vni << 8).to_be_bytes());
+        out.extend([2, 0, 0, 0, 0, self.to, 2, 0, 0, 0, 0, self.from, 8, 0]);
+        let udp_len = 8 + self.text.len() as u16;
+        let mut ip = vec![0x45, 0];
+        ip.extend((20 + udp_len).to_be_bytes());
+        ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, self.from, 10, 0, 0, self.to]);
+        let words = ip.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+        let sum = words.sum::<u32>();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        out.extend(ip);
+        for word in [4000, self.port, udp_len, 0] {
+            out.extend(word.to_be_bytes());
+        }
+        out.extend(self.text.as_bytes());
+        out
+    }
+
+    /// Sends it to a node's tunnel, from a namespace and one of its addresses.
+    pub(crate) fn send(&self, netns: &str, from: Ipv4Addr, node: Ipv4Addr) {
+        inside(netns, || {
+            let socket = UdpSocket::bind((from, 0)).unwrap();
+            socket.send_to(&self.bytes(), (node, 4789)).unwrap();
+        });
+    }
+}
