@@ -88,7 +88,7 @@ impl Store {
         if node.spec.role == Role::Manager && !force {
             return Err(Rejection::Precondition(format!(
                 "node {id} is a cluster manager and is a member of the raft cluster. It must be \
-                 demoted to worker before removal"
+                 demoted to worker before removal; one that is gone for good can be removed by force"
             )));
         }
         let gone = matches!(node.status.state, NodeState::Down | NodeState::Disconnected);

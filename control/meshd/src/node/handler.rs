@@ -71,14 +71,20 @@ impl Handler {
         self.manager.get().ok_or_else(|| unavailable("this node is no manager, or still starting"))
     }
 
-    fn known(&self, node: NodeId) -> Result<&Arc<Manager>, RpcError> {
+    /// The manager's side, for a node of the cluster. `NotFound` is final: the node was removed.
+    async fn known(&self, node: NodeId) -> Result<&Arc<Manager>, RpcError> {
         let manager = self.manager()?;
-        if manager.raft.read(|store| store.nodes.contains_key(&node)) {
-            Ok(manager)
-        } else {
-            // A manager that is behind may not have heard of a new node yet.
-            Err(unavailable(format!("node {node} is not in this manager's store")))
+        let known = || manager.raft.read(|store| store.nodes.contains_key(&node));
+        if known() {
+            return Ok(manager);
         }
+        // A manager that is behind may not have heard of a new node yet.
+        manager.raft.read_barrier().await.map_err(unavailable)?;
+        if known() {
+            return Ok(manager);
+        }
+        let why = format!("node {node} is not in the cluster any more");
+        Err(RpcError::new(RpcErrorKind::NotFound, why))
     }
 }
 
@@ -108,7 +114,7 @@ impl RpcHandler for Handler {
         from: Subject,
         request: SessionRequest,
     ) -> Result<BoxStream<'static, NodeUpdate>, RpcError> {
-        let manager = Arc::clone(self.known(from.node)?);
+        let manager = Arc::clone(self.known(from.node).await?);
         manager.heard(&[from.node]);
         let described = manager.described(from.node, request.description).await;
         described.map_err(|error| not_proposed(&error))?;
@@ -141,7 +147,7 @@ impl RpcHandler for Handler {
         from: Subject,
         request: ReportRequest,
     ) -> Result<ReportResponse, RpcError> {
-        let manager = self.known(from.node)?;
+        let manager = self.known(from.node).await?;
         manager.heard(&[from.node]);
         if from.role == Role::Manager {
             manager.heard(&request.heard);
@@ -186,7 +192,7 @@ impl RpcHandler for Handler {
     }
 
     async fn leave(&self, from: Subject) -> Result<(), RpcError> {
-        let manager = self.known(from.node)?;
+        let manager = self.known(from.node).await?;
         manager.left(from.node).await.map_err(|error| not_proposed(&error))
     }
 }

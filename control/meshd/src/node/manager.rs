@@ -152,7 +152,7 @@ impl Manager {
 
     /// Runs until aborted.
     pub(crate) async fn run(self: Arc<Self>, forward: impl AsyncForward) {
-        tokio::join!(self.stay_awake(), self.lead_or_follow(forward));
+        tokio::join!(self.stay_awake(), self.lead_or_follow(forward), self.keep_voters());
     }
 
     /// Tells liveness that time passes, also while a round waits for the store: see
@@ -199,8 +199,25 @@ impl Manager {
             if let Some(at) = self.round(leading.term, &mut memory).await {
                 wake = wake.min(at);
             }
-            let voters = leading.voters.keys().copied().collect();
-            self.align_voters(&voters).await;
+        }
+    }
+
+    /// Aligns the voters while this node leads. Beside the loops: a manager that cannot be reached
+    /// takes its time to fail, and nothing else may wait for that.
+    async fn keep_voters(&self) {
+        let mut revisions = self.raft.watch();
+        let mut leadership = self.raft.leadership();
+        loop {
+            tokio::select! {
+                _ = revisions.changed() => {}
+                _ = leadership.changed() => {}
+                () = tokio::time::sleep(TICK) => {}
+            }
+            revisions.borrow_and_update();
+            let leading = leadership.borrow_and_update().clone();
+            if leading.me_leader {
+                self.align_voters(&leading.voters.keys().copied().collect()).await;
+            }
         }
     }
 

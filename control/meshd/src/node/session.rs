@@ -17,7 +17,7 @@ use crate::{
     agent::{AgentHandle, StatusFeed},
     options::Options,
     rpc::{
-        Route, RpcClient,
+        CallError, Route, RpcClient, RpcErrorKind,
         messages::{ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest},
     },
     tls::Expect,
@@ -61,6 +61,7 @@ impl Session {
                 let began = clock::monotonic();
                 match self.with(manager).await {
                     Ok(()) => tracing::info!(%manager, "the manager ended the session"),
+                    Err(error) if is_removed(&error) => self.removed(),
                     Err(error) => {
                         tracing::debug!(%manager, error = %format!("{error:#}"), "no session")
                     }
@@ -71,6 +72,18 @@ impl Session {
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// The cluster gives this node's addresses to others by now: its tasks must not go on. The rest
+    /// stays until the operator lets the node leave.
+    fn removed(&self) {
+        if !self.agent.snapshot().tasks.is_empty() {
+            tracing::error!(
+                "this node was removed from the cluster: its tasks end. `swarm leave` cleans up \
+                 here; then it can join again"
+            );
+            self.agent.assign(Vec::new());
         }
     }
 
@@ -158,8 +171,16 @@ impl Session {
     }
 }
 
-/// Keeps something on disk. That waits for the disk, so the runtime's other work moves away from this
-/// thread: there are few of them, and raft's heartbeats must not wait too.
+/// Whether a manager said for good that this node is none of the cluster.
+fn is_removed(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(CallError::Refused(refusal)) if refusal.kind == RpcErrorKind::NotFound
+    )
+}
+
+/// Keeps something on disk. That waits for the disk, so the runtime's other work moves away from
+/// this thread: there are few of them, and raft's heartbeats must not wait too.
 fn keep(save: impl FnOnce() -> Result<()>) {
     if let Err(error) = tokio::task::block_in_place(save) {
         tracing::error!(error = %format!("{error:#}"), "state is not kept; a restart without managers would miss it");
