@@ -189,22 +189,16 @@ impl Bpf {
         }
         let Some(ifindex) = ifindex else { return Ok(()) };
         match rtnl::delete_filter(socket, ifindex, parent_of(hook)) {
+            // The filter, its queueing discipline or its link is gone.
             Err(error)
                 if [libc::ENOENT, libc::EINVAL, libc::ENODEV].iter().any(|e| error.is(*e)) =>
             {
-                // The filter, its queueing discipline or its link is gone.
-                return Ok(());
+                Ok(())
             }
-            other => other?,
+            // The queueing discipline stays: nobody can tell who made it, or waits to use it, and
+            // an empty one does nothing.
+            other => Ok(other?),
         }
-        // The queueing discipline goes with its last filter; it may serve others too.
-        for parent in [rtnl::INGRESS, rtnl::EGRESS] {
-            if !rtnl::filters(socket, ifindex, parent)?.is_empty() {
-                return Ok(());
-            }
-        }
-        let _ = rtnl::delete_clsact(socket, ifindex);
-        Ok(())
     }
 
     /// The sum over all CPUs of each counter.

@@ -513,11 +513,6 @@ pub(crate) fn add_clsact(socket: &mut Socket, index: u32) -> Result<(), NetlinkE
     }
 }
 
-pub(crate) fn delete_clsact(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
-    let head = tcmsg(index, CLSACT_HANDLE, TC_H_CLSACT, 0);
-    socket.change(Request::new(libc::RTM_DELQDISC, 0, &head).text(TCA_KIND, "clsact"))
-}
-
 /// Adds our filter, or replaces its program in one step.
 pub(crate) fn set_filter(
     socket: &mut Socket,

@@ -54,6 +54,12 @@ fn corruption_heals() {
         engine.set_records(net.records());
         engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
         let ns = net.name("a");
+        let tcx = engine.features().tcx;
+        let links = net.pins.join(format!("v{}/links", mesh_ebpf_abi::SCHEMA));
+        let cut = |pin: &str, link: &str| match tcx {
+            true => format!("rm {}", links.join(pin).display()),
+            false => format!("tc qdisc del dev {link} clsact"),
+        };
         for (damage, object) in [
             ("ip link del mv0000000001".to_owned(), "create link mv0000000001"),
             ("ip link set mv0000000001 down".to_owned(), "change link mv0000000001"),
@@ -70,8 +76,9 @@ fn corruption_heals() {
             ("ip link set mesh-vxlan down".to_owned(), "change link mesh-vxlan"),
             ("nft delete table ip mesh".to_owned(), "create nft table"),
             ("nft flush chain ip mesh forward".to_owned(), "change nft table"),
-            (format!("rm {}", net.pins.join("v1/links/uplink").display()), "create program"),
-            (format!("rm {}", net.pins.join("v1/links/mv0000000001").display()), "create program"),
+            (cut("uplink", "up0"), "create program"),
+            (cut("mv0000000001", "mv0000000001"), "create program"),
+            (format!("ip netns exec {ns} tc qdisc del dev lo clsact"), "create program"),
         ] {
             sh(&damage);
             let mut report = engine.round().await;

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     net::{Ipv4Addr, UdpSocket},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mesh_ebpf_abi::Counter;
@@ -44,6 +44,7 @@ fn mixed() {
 /// `a` and `b` are backends of `web` on nodes 1 and 2; `c` and `d` are on nodes 1 and 3, which has
 /// no backend.
 fn story(name: &str, modes: [Mode; 3]) {
+    let started = Instant::now();
     let mut cluster = Cluster::new(name, &modes);
     for (task, on, id, backend) in
         [("a", 1, 1, true), ("b", 2, 2, true), ("c", 1, 3, false), ("d", 3, 4, false)]
@@ -52,14 +53,18 @@ fn story(name: &str, modes: [Mode; 3]) {
     }
     cluster.settle();
     let servers = ["a", "b"].map(|task| Server::start(task, &cluster.netns(task), 80));
+    println!("set up: {:?}", started.elapsed());
     for (name, scene) in SCENES {
-        println!("{name}");
+        let started = Instant::now();
         scene(&mut cluster);
+        println!("{name}: {:?}", started.elapsed());
     }
     drop(servers);
 }
 
-const SCENES: &[(&str, fn(&mut Cluster))] = &[
+type Scene = fn(&mut Cluster);
+
+const SCENES: &[(&str, Scene)] = &[
     ("overlay", overlay),
     ("segments stay whole", segments),
     ("VIP", vip),
@@ -178,9 +183,9 @@ fn mesh_from_inside(cluster: &mut Cluster) {
 fn errors(cluster: &mut Cluster) {
     let (client, d) = (cluster.netns("client"), cluster.task("d"));
     let refused = |netns: &str, to: Ipv4Addr, port: u16| {
-        let error = Connection::open(netns, to, port).err().expect("nobody listens");
+        let error = Connection::open(netns, to, port).map(|_| ()).expect_err("nobody listens");
         assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED), "TCP {to}:{port}: {error}");
-        let error = exchange_udp(&udp(netns, to, port), 5).err().expect("nobody listens");
+        let error = exchange_udp(&udp(netns, to, port), 5).expect_err("nobody listens");
         assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED), "UDP {to}:{port}: {error}");
     };
     for (node, other) in [(1, 2), (3, 1)] {
@@ -201,7 +206,7 @@ fn path_mtu(cluster: &mut Cluster) {
     let before = cluster.counted(3, Counter::TooBigSent);
     let socket = udp(&client, vtep(3), 8080);
     // Linux sets DF, as a connected socket gets to know the path.
-    let error = exchange_udp(&socket, 1472).err().expect("too big");
+    let error = exchange_udp(&socket, 1472).expect_err("too big");
     assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE), "{error}");
     assert_eq!(cluster.counted(3, Counter::TooBigSent), before + 1);
     let route = ip(&format!("-n {client} route get {}", vtep(3)));
