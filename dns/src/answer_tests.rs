@@ -1,3 +1,5 @@
+//! Tests of answers: what each kind of name gives, and that no question does harm.
+
 use hickory_proto::{op::Message, rr::RData};
 use mesh_types::{
     EndpointId, NetworkId, NodeNumber, Revision, ServiceId, TaskId, Vni,
@@ -314,7 +316,10 @@ fn a_failure_repeats_the_question() {
 
 proptest! {
     #[test]
-    fn garbage_never_panics_and_replies_parse(mut garbage in prop::collection::vec(any::<u8>(), 0..600), question: bool) {
+    fn garbage_never_panics_and_replies_parse(
+        mut garbage in prop::collection::vec(any::<u8>(), 0..600),
+        question: bool,
+    ) {
         if question && garbage.len() >= 12 {
             // A likely header, so that the rest is looked at.
             garbage[2..12].copy_from_slice(&[1, 0, 0, 1, 0, 0, 0, 0, 0, 1]);
@@ -334,7 +339,8 @@ proptest! {
         let at = at.index(bytes.len());
         bytes[at] = byte;
         let transport = if tcp { Transport::Tcp } else { Transport::Udp };
-        if let Decision::Reply(reply) = answer(&Index::new(&snapshot()), asker(), &bytes, transport, 0) {
+        let index = Index::new(&snapshot());
+        if let Decision::Reply(reply) = answer(&index, asker(), &bytes, transport, 0) {
             prop_assert!(Message::from_vec(&reply).is_ok());
         }
     }

@@ -350,7 +350,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sealed_opens(payload in prop::collection::vec(any::<u8>(), 0..MAX_DATAGRAM - OVERHEAD)) {
+        fn what_is_sealed_opens(
+            payload in prop::collection::vec(any::<u8>(), 0..MAX_DATAGRAM - OVERHEAD)
+        ) {
             let datagram = sealer(1, 7, 1).seal(&payload).unwrap();
             prop_assert!(datagram.len() <= MAX_DATAGRAM);
             prop_assert_eq!(sealer(1, 7, 2).open(&datagram).unwrap(), payload);
@@ -358,7 +360,9 @@ mod tests {
 
         #[test]
         fn a_changed_bit_is_seen(
-            payload in prop::collection::vec(any::<u8>(), 0..200), at: prop::sample::Index, bit in 0u8..8,
+            payload in prop::collection::vec(any::<u8>(), 0..200),
+            at: prop::sample::Index,
+            bit in 0u8..8,
         ) {
             let mut datagram = sealer(1, 7, 1).seal(&payload).unwrap();
             let at = at.index(datagram.len());

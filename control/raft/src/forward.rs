@@ -185,7 +185,11 @@ impl Inner {
                             Verdict::Again
                         }),
                         // The leader that was asked may be gone: ask its successor.
-                        Ok(_) = metrics.wait_until(|m| m.current_leader.is_some_and(|new| new != id)) => continue,
+                        Ok(_) = metrics
+                            .wait_until(|m| m.current_leader.is_some_and(|new| new != id)) =>
+                        {
+                            continue
+                        }
                     }
                 }
                 Leader::Unknown => Verdict::Again,

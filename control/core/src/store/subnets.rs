@@ -177,7 +177,8 @@ mod tests {
                 })
                 .collect();
             let model = (0..16u32)
-                .map(|i| IpNetwork::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + i * 256)), 24).unwrap())
+                .map(|i| Ipv4Addr::from(0x0a00_0000 + i * 256))
+                .map(|first| IpNetwork::new(IpAddr::V4(first), 24).unwrap())
                 .find(|net| !taken.iter().any(|t| overlap(*net, *t)));
             prop_assert_eq!(first_free(pool, 24, &taken), model);
         }

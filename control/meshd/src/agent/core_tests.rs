@@ -449,7 +449,8 @@ fn op() -> impl Strategy<Value = Op> {
     let set = proptest::collection::vec((0u8..4, 0u8..4), 0..4);
     prop_oneof![
         2 => set.prop_map(Op::Assign),
-        8 => (any::<usize>(), proptest::bool::weighted(0.8)).prop_map(|(at, well)| Op::Carry(at, well)),
+        8 => (any::<usize>(), proptest::bool::weighted(0.8))
+            .prop_map(|(at, well)| Op::Carry(at, well)),
         1 => (0u8..4, prop_oneof![Just(0), Just(3)]).prop_map(|(id, code)| Op::Exit(id, code)),
         1 => Just(Op::Restart),
     ]
@@ -478,17 +479,21 @@ proptest! {
     }
 
     #[test]
-    fn with_all_well_every_task_gets_where_it_should(wants in proptest::collection::vec(0u8..3, 1..6)) {
+    fn with_all_well_every_task_gets_where_it_should(
+        wants in proptest::collection::vec(0u8..3, 1..6)
+    ) {
         let mut world = World::default();
         let set = wants.iter().enumerate().map(|(id, want)| (id as u8, *want)).collect();
         world.run(Op::Assign(set));
         for _ in 0..200 {
             world.run(Op::Carry(0, true));
         }
-        let reached: Vec<TaskState> = world.core.assigned_tasks().map(|(_, s, _)| s.state).collect();
+        let reached: Vec<TaskState> =
+            world.core.assigned_tasks().map(|(_, s, _)| s.state).collect();
         let expected: Vec<TaskState> = wants
             .iter()
-            .map(|want| [TaskState::Ready, TaskState::Running, TaskState::Shutdown][usize::from(*want)])
+            .map(|want| usize::from(*want))
+            .map(|want| [TaskState::Ready, TaskState::Running, TaskState::Shutdown][want])
             .collect();
         prop_assert_eq!(reached, expected);
     }

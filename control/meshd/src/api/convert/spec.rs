@@ -168,8 +168,8 @@ fn task_spec(
                 format!(
                     "running images is not implemented yet by mesh: a service needs the container \
                      label {RUNTIME_LABEL}=process ({have}). Give `--runtime process` to meshctl \
-                     or `--container-label {RUNTIME_LABEL}=process` to docker; the command is then a \
-                     host binary and the image name only a label"
+                     or `--container-label {RUNTIME_LABEL}=process` to docker; the command is then \
+                     a host binary and the image name only a label"
                 ),
             ));
         }
