@@ -1,11 +1,12 @@
 //! Kernel state is held level: what is changed by hand comes back, what is not ours stays.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use super::group;
-use crate::cluster::{Cluster, SOON, Task, eventually};
+use crate::cluster::{Cluster, SOON, Task, eventually, list};
 
-group!("heal": the_nft_table, links_and_addresses, programs_and_map_entries,
+group!("heal": the_nft_table, links_and_addresses, map_entries,
     foreign_objects_stay, a_restart_changes_nothing);
 
 /// A task of `each` on `w1` and its peer on `w2`, with packets passing.
@@ -81,23 +82,30 @@ fn links_and_addresses(c: &Cluster) -> Result<()> {
     works(c, &pair)
 }
 
-fn programs_and_map_entries(c: &Cluster) -> Result<()> {
+fn map_entries(c: &Cluster) -> Result<()> {
     let pair = set_up(c)?;
     let pins = format!("/sys/fs/bpf/mesh/{}/w1", c.lab.name());
     for map in ["ENDPOINTS", "PUBLISHED", "SERVICES", "VTEPS", "PORTS", "ADDRESSES"] {
-        // The first entry goes.
-        let script = format!(
-            "m=$(find {pins} -name {map}); k=$(bpftool -j map dump pinned $m | \
-             grep -o '\"key\":\\[[^]]*\\]' | head -1 | tr -dc '0-9a-fx,' | tr , ' '); \
-             bpftool map delete pinned $m key $k"
-        );
-        sh(c, &script).with_context(|| format!("delete an entry of {map}"))?;
+        let pin = sh(c, &format!("find {pins} -name {map}"))?;
+        let entries: Value =
+            serde_json::from_str(&sh(c, &format!("bpftool -j map dump pinned {pin}"))?)?;
+        let entry = list(&entries).first().with_context(|| format!("{map} is empty"))?;
+        let key: Vec<_> = list(&entry["key"]).iter().filter_map(Value::as_str).collect();
+        sh(c, &format!("bpftool map delete pinned {pin} key {}", key.join(" ")))?;
+        let count = list(&entries).len();
+        eventually(&format!("the entry to be back in {map}"), SOON, || {
+            let now: Value =
+                serde_json::from_str(&sh(c, &format!("bpftool -j map dump pinned {pin}"))?)?;
+            ensure!(list(&now).len() == count, "{} of {count} entries", list(&now).len());
+            Ok(())
+        })?;
     }
     works(c, &pair)
 }
 
 fn foreign_objects_stay(c: &Cluster) -> Result<()> {
-    let foreign = "ip link add foreign0 type dummy && ip addr add 10.250.0.1/24 dev foreign0 && \
+    let foreign = "ip link add foreign0 type veth peer foreign1 && \
+        ip link set foreign1 up && ip addr add 10.250.0.1/24 dev foreign0 && \
         ip link set foreign0 up && ip route add 10.251.0.0/24 via 10.250.0.2 && \
         nft add table ip foreign && nft add chain ip foreign c";
     sh(c, foreign)?;
@@ -119,8 +127,7 @@ fn foreign_objects_stay(c: &Cluster) -> Result<()> {
 /// A new daemon finds all as it should be: it replaces no link and no program.
 fn a_restart_changes_nothing(c: &Cluster) -> Result<()> {
     let pair = set_up(c)?;
-    let state =
-        || sh(c, "ip -br link | sort; bpftool net show dev eth0 | sed 's/link_id [0-9]*//'");
+    let state = || sh(c, "ip -br link | sort; bpftool net show dev eth0");
     let before = state()?;
     c.lab.end_daemon("w1", mesh_lab::DaemonSignal::Kill)?;
     c.lab.start("w1")?;
