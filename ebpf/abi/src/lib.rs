@@ -82,7 +82,8 @@ pub const EP_INGRESS: u32 = 1;
 /// No new flows (its task drains, or its record is a tombstone).
 pub const EP_DRAINING: u32 = 2;
 
-/// Value of [`map::PORTS`], keyed by the ifindex (u32) of a task veth's host side: who may send here.
+/// Value of [`map::PORTS`], keyed by the ifindex (u32) of a task veth's host side: who may send
+/// here.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Port {

@@ -61,8 +61,8 @@ proptest! {
         prop_assert_eq!(is_reply(other_key.kind), value.state & FLOW_STATE_HAIRPIN == 0);
     }
 
-    /// A reply's key is the tuple that the backend answers with, and its translation gives the client
-    /// the tuple that it called.
+    /// A reply's key is the tuple that the backend answers with, and its translation gives the
+    /// client the tuple that it called.
     #[test]
     fn replies_are_those_of_the_translated_packet((key, value) in forward()) {
         prop_assume!(key.kind != FLOW_SELF && value.state == 0);

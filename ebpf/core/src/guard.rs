@@ -96,7 +96,8 @@ mod tests {
         /// Only the endpoint's own pair passes; every other single change is refused.
         #[test]
         fn a_task_is_held_to_its_own(id in 1u64..1 << 40, address: u32, other_id: u64, other: u32) {
-            let port = Port { addr: wide(address), endpoint: id, vni: 1, mtu: 1450, flags: 0, pad: 0 };
+            let addr = wide(address);
+            let port = Port { addr, endpoint: id, vni: 1, mtu: 1450, flags: 0, pad: 0 };
             let other_mac = Mac(other_id & 0xffff_ffff_ffff);
             prop_assert_eq!(source_mac(&port, Mac::new(mac::ENDPOINT, id)), Ok(()));
             prop_assert_eq!(
@@ -108,7 +109,14 @@ mod tests {
         }
 
         #[test]
-        fn endpoints_are_found_on_their_network_only(vni: u32, other_vni: u32, a: u32, b: u32, v: u32, w: u32) {
+        fn endpoints_are_found_on_their_network_only(
+            vni: u32,
+            other_vni: u32,
+            a: u32,
+            b: u32,
+            v: u32,
+            w: u32,
+        ) {
             let ep = endpoint(vni, a, v);
             prop_assert_eq!(destination(&ep, other_vni, b).is_ok(), vni == other_vni && a == b);
             prop_assert_eq!(destination(&ep, vni, a), Ok(()));
@@ -118,7 +126,12 @@ mod tests {
         }
 
         #[test]
-        fn sizes(len in 0u32..70_000, segment in 0u32..70_000, headers in 0u32..120, mtu in 68u32..9000) {
+        fn sizes(
+            len in 0u32..70_000,
+            segment in 0u32..70_000,
+            headers in 0u32..120,
+            mtu in 68u32..9000,
+        ) {
             let largest = if segment == 0 { len } else { segment + headers };
             prop_assert_eq!(fits(len, segment, headers, mtu), largest <= mtu);
         }

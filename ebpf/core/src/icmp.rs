@@ -137,7 +137,13 @@ mod tests {
         }
 
         #[test]
-        fn reversing_twice_is_nothing(src: u32, dst: u32, sport_be: u16, dport_be: u16, protocol: u8) {
+        fn reversing_twice_is_nothing(
+            src: u32,
+            dst: u32,
+            sport_be: u16,
+            dport_be: u16,
+            protocol: u8,
+        ) {
             let tuple = Tuple { src, dst, sport_be, dport_be, protocol };
             prop_assert_eq!(reversed(&reversed(&tuple)), tuple);
         }

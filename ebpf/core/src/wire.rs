@@ -44,7 +44,9 @@ impl<const N: usize> Field for [u16; N] {
 }
 
 macro_rules! headers {
-    ($($(#[$doc:meta])* $name:ident, $len:literal { $($(#[$field_doc:meta])* $field:ident: $ty:ty,)* })*) => {$(
+    ($($(#[$doc:meta])* $name:ident, $len:literal {
+        $($(#[$field_doc:meta])* $field:ident: $ty:ty,)*
+    })*) => {$(
         $(#[$doc])*
         #[repr(C)]
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

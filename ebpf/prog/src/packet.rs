@@ -359,8 +359,8 @@ fn set_tunnel_key(ctx: &TcContext, vni: u32, vtep: u32, local: u32) -> u32 {
     let mut key = MaybeUninit::<TunnelKey>::uninit();
     let at: *mut u32 = key.as_mut_ptr().cast();
     let ttl = u32::from_ne_bytes([0, 64, 0, 0]);
-    // SAFETY: these are the key's eleven words. Volatile, since LLVM would clear those that are zero
-    // with a call to `memset`. The key lives across the call, and its size is given.
+    // SAFETY: these are the key's eleven words. Volatile, since LLVM would clear those that are
+    // zero with a call to `memset`. The key lives across the call, and its size is given.
     let result = unsafe {
         at.write_volatile(vni);
         at.add(1).write_volatile(u32::from_be(vtep));

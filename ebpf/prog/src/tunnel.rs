@@ -70,7 +70,7 @@ fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) 
         }
         return Ok(PASS);
     }
-    // Later fragments have no ports to look at: the stack drops them, since it never gets the first.
+    // Later fragments have no ports to look at: the stack drops them, as it never gets the first.
     let later = outer.ip.frag_be & 0x1fff_u16.to_be() != 0;
     if outer.ip.has_options() || later {
         return Ok(PASS);

@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -256,7 +257,7 @@ async fn connection(
     let peer = Arc::new(peer);
     let service = service_fn(move |request| {
         let (peer, handler) = (Arc::clone(&peer), Arc::clone(&handler));
-        async move { Ok::<_, std::convert::Infallible>(serve(request, &peer, remote, handler).await) }
+        async move { Ok::<_, Infallible>(serve(request, &peer, remote, handler).await) }
     });
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder
