@@ -24,6 +24,7 @@ use crate::{
 };
 
 pub(crate) const OVERLAY_VNI: u32 = 5000;
+pub(crate) const INGRESS_VNI: u32 = 4096;
 pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 200);
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 pub(crate) const ROUTER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -164,7 +165,7 @@ impl Cluster {
             mtu: Mtu::ETHERNET,
         }];
         let (gateway, gateway_vni, next) = if backend {
-            (format!("10.255.0.{id}/24"), Some(vni(4096)), "10.255.0.254")
+            (format!("10.255.0.{id}/24"), Some(vni(INGRESS_VNI.into())), "10.255.0.254")
         } else {
             (format!("172.30.0.{id}/20"), None, "172.30.15.254")
         };
@@ -302,13 +303,13 @@ fn records(count: u64) -> RecordSet {
         }));
     }
     for (id, name, number, subnet, gateway, ingress) in [
-        (OVERLAY, "app", u64::from(OVERLAY_VNI), "10.0.0.0/24", "10.0.0.254", false),
-        (INGRESS, "ingress", 4096, "10.255.0.0/24", "10.255.0.254", true),
+        (OVERLAY, "app", OVERLAY_VNI, "10.0.0.0/24", "10.0.0.254", false),
+        (INGRESS, "ingress", INGRESS_VNI, "10.255.0.0/24", "10.255.0.254", true),
     ] {
         set.insert(Record::Network(NetworkRecord {
             id,
             name: name.to_owned(),
-            vni: vni(number),
+            vni: vni(number.into()),
             subnet: subnet.parse().unwrap(),
             gateway: gateway.parse().unwrap(),
             mtu: None,

@@ -177,12 +177,15 @@ pub(crate) fn hears(socket: &UdpSocket, moment: Duration) -> Option<Vec<u8>> {
 }
 
 /// A VXLAN packet's UDP payload (RFC 7348, section 5) that carries a UDP datagram.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Forged {
     pub(crate) vni: u32,
-    /// Endpoint numbers: MACs and addresses follow from them.
-    pub(crate) from: u8,
-    pub(crate) to: u8,
-    pub(crate) port: u16,
+    /// Kind and number of the MACs.
+    pub(crate) from: (u8, u8),
+    pub(crate) to: (u8, u8),
+    /// Addresses and ports.
+    pub(crate) source: (Ipv4Addr, u16),
+    pub(crate) target: (Ipv4Addr, u16),
     pub(crate) text: &'static str,
 }
 
@@ -190,17 +193,22 @@ impl Forged {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut out = vec![8, 0, 0, 0];
         out.extend((self.vni << 8).to_be_bytes());
-        out.extend([2, 0, 0, 0, 0, self.to, 2, 0, 0, 0, 0, self.from, 8, 0]);
+        for (kind, number) in [self.to, self.from] {
+            out.extend([kind, 0, 0, 0, 0, number]);
+        }
+        out.extend([8, 0]);
         let udp_len = 8 + self.text.len() as u16;
         let mut ip = vec![0x45, 0];
         ip.extend((20 + udp_len).to_be_bytes());
-        ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, self.from, 10, 0, 0, self.to]);
+        ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
+        ip.extend(self.source.0.octets());
+        ip.extend(self.target.0.octets());
         let words = ip.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
         let sum = words.sum::<u32>();
         let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
         ip[10..12].copy_from_slice(&sum.to_be_bytes());
         out.extend(ip);
-        for word in [4000, self.port, udp_len, 0] {
+        for word in [self.source.1, self.target.1, udp_len, 0] {
             out.extend(word.to_be_bytes());
         }
         out.extend(self.text.as_bytes());

@@ -11,14 +11,19 @@ use mesh_ebpf_abi::Counter;
 use mesh_types::record::EndpointState;
 
 use crate::{
-    cluster::{CLIENT, Cluster, Mode, OVERLAY_VNI, ROUTER, VIP, vtep},
-    host::{eventually, in_vm, inside, ip, ping},
+    cluster::{CLIENT, Cluster, INGRESS_VNI, Mode, OVERLAY_VNI, ROUTER, VIP, vtep},
+    host::{eventually, in_vm, inside, ip, patience, ping},
     net::{Answer, Connection, Forged, Server, ask_tcp, ask_udp, exchange_udp, hears, udp},
 };
 
 const DIRECT: Mode = Mode { via_device: false, clsact: false };
 const DEVICE: Mode = Mode { via_device: true, clsact: false };
 const CLSACT: Mode = Mode { via_device: false, clsact: true };
+
+/// Kinds of MACs.
+const ENDPOINT: u8 = 0x02;
+const MESH_FORWARD: u8 = 0x06;
+const MESH_RETURN: u8 = 0x0a;
 
 /// Enough for segmentation to show.
 fn bulk() -> usize {
@@ -218,9 +223,16 @@ fn path_mtu(cluster: &mut Cluster) {
 
 /// What comes through the tunnel comes from the node of its sender, or not at all.
 fn strangers(cluster: &mut Cluster) {
-    let a = cluster.task("a");
-    let target = inside(&a.netns, || UdpSocket::bind((a.address, 9999)).unwrap());
-    let forged = |vni, text| Forged { vni, from: 4, to: 1, port: 9999, text };
+    let (a, d) = (cluster.task("a"), cluster.task("d"));
+    let target = inside(&a.netns, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 9999)).unwrap());
+    let good = Forged {
+        vni: OVERLAY_VNI,
+        from: (ENDPOINT, 4),
+        to: (ENDPOINT, 1),
+        source: (d.address, 4000),
+        target: (a.address, 9999),
+        text: "genuine",
+    };
     let (router, n2, n3) = (cluster.netns("router"), cluster.netns("n2"), cluster.netns("n3"));
     let dropped = |forged: Forged, netns: &str, from: Ipv4Addr, counter: Counter| {
         let before = cluster.counted(1, counter);
@@ -228,13 +240,42 @@ fn strangers(cluster: &mut Cluster) {
         let what = format!("`{}` counts as {}", forged.text, counter.name());
         eventually(&what, || cluster.counted(1, counter) == before + 1);
     };
-    let wrong = OVERLAY_VNI + 1;
-    dropped(forged(OVERLAY_VNI, "stranger"), &router, ROUTER, Counter::DropTunnelSource);
-    dropped(forged(OVERLAY_VNI, "owner"), &n2, vtep(2), Counter::DropTunnelOwner);
-    dropped(forged(wrong, "network"), &n3, vtep(3), Counter::DropTunnelVni);
-    // The same from its own node arrives, and it alone.
-    forged(OVERLAY_VNI, "genuine").send(&n3, vtep(3), vtep(1));
-    let heard = hears(&target, crate::host::patience());
+    let stranger = Forged { text: "stranger", ..good };
+    dropped(stranger, &router, ROUTER, Counter::DropTunnelSource);
+    let not_its_owner = Forged { text: "not its owner", ..good };
+    dropped(not_its_owner, &n2, vtep(2), Counter::DropTunnelOwner);
+    let wrong_network = Forged { text: "wrong network", vni: OVERLAY_VNI + 1, ..good };
+    dropped(wrong_network, &n3, vtep(3), Counter::DropTunnelVni);
+    let wrong_address = Forged { text: "wrong address", source: (VIP, 4000), ..good };
+    dropped(wrong_address, &n3, vtep(3), Counter::DropTunnelOwner);
+    let forward = Forged {
+        vni: INGRESS_VNI,
+        from: (MESH_RETURN, 3),
+        to: (MESH_FORWARD, 101),
+        source: (CLIENT, 4000),
+        target: (vtep(3), 9999),
+        text: "not published",
+    };
+    dropped(forward, &n3, vtep(3), Counter::DropMesh);
+    let in_anothers_name = Forged { text: "in another's name", ..forward };
+    dropped(in_anothers_name, &n2, vtep(2), Counter::DropTunnelOwner);
+    let outsider = Forged { text: "outsider", ..forward };
+    dropped(outsider, &router, ROUTER, Counter::DropTunnelSource);
+    // To the client in the name of node 1, which may say so of published ports alone.
+    let back = Forged {
+        from: (MESH_FORWARD, 102),
+        to: (MESH_RETURN, 1),
+        source: (vtep(1), 22),
+        target: (CLIENT, 4000),
+        text: "no published port",
+        ..forward
+    };
+    dropped(back, &n2, vtep(2), Counter::DropMesh);
+    let not_its_endpoint = Forged { text: "not its endpoint", ..back };
+    dropped(not_its_endpoint, &n3, vtep(3), Counter::DropTunnelOwner);
+    // The very same from its own node arrives, and it alone.
+    good.send(&n3, vtep(3), vtep(1));
+    let heard = hears(&target, patience());
     assert_eq!(heard.as_deref(), Some(&b"genuine"[..]));
     assert_eq!(hears(&target, Duration::from_millis(50)), None);
 }
@@ -261,7 +302,7 @@ fn spoofing(cluster: &mut Cluster) {
     assert_eq!(hears(&target, Duration::from_millis(50)), None);
     assert!(cluster.round(3).healed > 0);
     send(d.address);
-    assert!(hears(&target, crate::host::patience()).is_some());
+    assert!(hears(&target, patience()).is_some());
 }
 
 /// A backend that drains keeps its flows and gets no new ones.
