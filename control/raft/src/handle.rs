@@ -133,13 +133,20 @@ impl Raft {
     ) -> Result<Self, StartError> {
         let core_config = config::openraft(&config).map_err(Box::new)?;
         let (dir, key) = (config.dir.clone(), config.data_key);
+        let place = dir.display().to_string();
         let opened = tokio::task::spawn_blocking(move || {
             let disk = Arc::new(Disk::open(&dir, &key)?);
             let machine = Machine::load(Arc::clone(&disk))
                 .map_err(|source| StartError::Snapshot { path: dir, source })?;
             Ok::<_, StartError>((disk, machine))
         });
-        let (disk, machine) = opened.await.map_err(|e| StartError::Raft(e.to_string()))??;
+        let (disk, machine) = opened.await.map_err(|error| {
+            // The database panics over pages that make no sense.
+            StartError::Raft(format!(
+                "the file in {place} is damaged ({error}). Remove this manager from the cluster on \
+                 another manager, let it leave by force here, and join again, or restore a backup"
+            ))
+        })??;
         let number = config.number.get();
         let network = Network { number, transport: Arc::clone(&transport) };
         let shared = machine.shared();

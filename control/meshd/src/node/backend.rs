@@ -114,7 +114,8 @@ impl Node {
             State::Active(member) => member,
             State::Inactive | State::Pending => return Err(ApiError::not_part_of_swarm()),
             State::Error(_) if force => {
-                super::member::forget(&self.options)
+                super::member::sweep(&self.options)
+                    .await
                     .map_err(|error| ApiError::internal(format!("{error:#}")))?;
                 self.set_state(State::Inactive);
                 return Ok(());

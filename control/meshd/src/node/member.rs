@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use mesh_control::model::{NodeDescription, Role};
-use mesh_executor::{ProcessConfig, ProcessExecutor};
+use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
 use mesh_gossip::{Expected, GossipKey, Keyring, Timings};
 use mesh_raft::{Raft, RaftConfig};
 use mesh_types::{Epoch, NodeId, NodeNumber, record::RecordSet};
@@ -283,6 +283,32 @@ impl Member {
         }
         false
     }
+}
+
+/// Takes away what is left of a membership that cannot be taken up: its tasks and their resolver
+/// outlived the daemon, and so did all in the kernel. Forgets it last: what still runs would be found
+/// by nobody once its files are gone.
+pub(crate) async fn sweep(options: &Options) -> Result<()> {
+    let executor = ProcessExecutor::new(ProcessConfig::new(options.tasks_dir(), options.cgroup()))?;
+    for (task, _) in executor.list().await? {
+        executor.remove(task).await?;
+    }
+    let dns = options.state_dir.join("dns");
+    if dns.exists() {
+        let exe = std::env::current_exe().context("finding meshd's own executable")?;
+        Resolver::start(&exe, &dns)?.shutdown().await;
+    }
+    let identity = Identity::load(&options.state_dir);
+    if let (Ok(Some(identity)), Ok(settings)) = (identity, persist::settings(&options.state_dir)) {
+        let facts = dataplane::Facts {
+            node: identity.number,
+            vtep: settings.vtep,
+            vxlan_port: settings.data_path_port,
+        };
+        let (_records, watched) = watch::channel(Arc::new(RecordSet::default()));
+        dataplane::start(options, facts, watched).await?.teardown().await?;
+    }
+    forget(options)
 }
 
 /// Removes what a member keeps on disk.
