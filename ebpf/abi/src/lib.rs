@@ -269,6 +269,9 @@ pub const FLOW_STATE_HAIRPIN: u16 = 8;
 /// The flow has one entry only (the ingress node of a backend elsewhere).
 pub const FLOW_STATE_ALONE: u16 = 16;
 
+/// Of a hairpin's two entries, the one of the replies.
+pub const FLOW_STATE_HAIRPIN_REPLY: u16 = 32;
+
 /// Entries of [`map::VIP_CLIENTS`].
 pub const VIP_CLIENTS_CAPACITY: u32 = 8192;
 

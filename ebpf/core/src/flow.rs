@@ -8,8 +8,8 @@
 
 use mesh_ebpf_abi::{
     FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF, FLOW_SELF_REPLY, FLOW_STATE_ALONE, FLOW_STATE_FIN,
-    FLOW_STATE_FIN_REPLY, FLOW_STATE_HAIRPIN, FLOW_STATE_REPLIED, FLOW_VIP, FLOW_VIP_REPLY,
-    FlowKey, FlowValue,
+    FLOW_STATE_FIN_REPLY, FLOW_STATE_HAIRPIN, FLOW_STATE_HAIRPIN_REPLY, FLOW_STATE_REPLIED,
+    FLOW_VIP, FLOW_VIP_REPLY, FlowKey, FlowValue,
 };
 
 use crate::{
@@ -167,6 +167,9 @@ pub const fn write_partner_value_of(
         out.client_port_be = key.sport_be;
     }
     out.state = value.state & !FLOW_STATE_REPLIED;
+    if value.state & FLOW_STATE_HAIRPIN != 0 {
+        out.state ^= FLOW_STATE_HAIRPIN_REPLY;
+    }
     out.pad = 0;
 }
 
@@ -185,6 +188,13 @@ pub const fn is_same(a: &FlowValue, b: &FlowValue) -> bool {
 #[must_use]
 pub const fn is_closed(state: u16) -> bool {
     state & CLOSED == CLOSED
+}
+
+/// Whether a hairpin's entry is that of the replies.
+#[inline(always)]
+#[must_use]
+pub const fn is_hairpin_reply(state: u16) -> bool {
+    state & FLOW_STATE_HAIRPIN_REPLY != 0
 }
 
 /// Whether entries of this kind are of replies.
@@ -297,11 +307,20 @@ pub const fn is_stale(now_ns: u64, value: &FlowValue) -> bool {
     now_ns.saturating_sub(value.last_ns) >= REFRESH_NS
 }
 
-/// Whether an entry of the LRU is too old for its decision to hold.
+/// Whether an entry of the LRU is too old for its decision to hold. A flow that both sides use is
+/// there only because the other table is full: it keeps the other table's terms.
 #[inline(always)]
 #[must_use]
-pub const fn is_forgotten(now_ns: u64, value: &FlowValue) -> bool {
-    now_ns.saturating_sub(value.last_ns) >= NEW_NS
+pub const fn is_forgotten(now_ns: u64, protocol: u8, value: &FlowValue) -> bool {
+    let used = value.state & FLOW_STATE_REPLIED != 0 && !is_closed(value.state);
+    let limit = if used { established_ns(protocol) } else { NEW_NS };
+    now_ns.saturating_sub(value.last_ns) >= limit
+}
+
+/// How long an established flow may be silent.
+#[inline(always)]
+const fn established_ns(protocol: u8) -> u64 {
+    if protocol == PROTOCOL_TCP { TCP_ESTABLISHED_NS } else { UDP_ESTABLISHED_NS }
 }
 
 /// Whether user space should collect an entry of the table of established flows, and with it its
@@ -310,13 +329,12 @@ pub const fn is_forgotten(now_ns: u64, value: &FlowValue) -> bool {
 /// The clock is CLOCK_MONOTONIC. A flow lives as long as either direction does.
 #[must_use]
 pub fn expired(now_ns: u64, key: &FlowKey, value: &FlowValue, other: Option<&FlowValue>) -> bool {
-    let limit = if key.protocol == PROTOCOL_TCP { TCP_ESTABLISHED_NS } else { UDP_ESTABLISHED_NS };
     let last = match (other, partner(key, value)) {
         (Some(other), _) => value.last_ns.max(other.last_ns),
         (None, None) => value.last_ns,
         (None, Some(_)) => return now_ns.saturating_sub(value.last_ns) >= ORPHAN_NS,
     };
-    now_ns.saturating_sub(last) >= limit
+    now_ns.saturating_sub(last) >= established_ns(key.protocol)
 }
 
 /// The client's port that stands for it on the backend's side: its own at first, others when that

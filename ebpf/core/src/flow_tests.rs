@@ -1,6 +1,6 @@
 //! Connection tracking against a plain model: partners, states, ages.
 
-use mesh_ebpf_abi::FLOW_STATE_HAIRPIN;
+use mesh_ebpf_abi::{FLOW_STATE_HAIRPIN, FLOW_STATE_HAIRPIN_REPLY};
 use proptest::prelude::*;
 
 use super::*;
@@ -58,7 +58,10 @@ proptest! {
         prop_assert_eq!(partner_value(&other_key, &other), value);
         prop_assert!(other_key != key || key.sport_be == key.dport_be);
         prop_assert_eq!(is_reply(key.kind), false);
-        prop_assert_eq!(is_reply(other_key.kind), value.state & FLOW_STATE_HAIRPIN == 0);
+        let hairpin = value.state & FLOW_STATE_HAIRPIN != 0;
+        prop_assert_eq!(is_reply(other_key.kind), !hairpin);
+        prop_assert_eq!(is_hairpin_reply(other.state), hairpin);
+        prop_assert!(value.state & FLOW_STATE_HAIRPIN_REPLY == 0);
     }
 
     /// A reply's key is the tuple that the backend answers with, and its translation gives the
@@ -130,7 +133,12 @@ proptest! {
         // A clock that is a tick behind the entry's is no reason.
         prop_assert!(!expired(0, &key, &other, Some(&value)) || now == 0 || other.last_ns == 0);
         prop_assert_eq!(is_stale(now, &value), now - value.last_ns >= SECOND);
-        prop_assert_eq!(is_forgotten(now, &value), now - value.last_ns >= NEW_NS);
+        let protocol = key.protocol;
+        prop_assert_eq!(is_forgotten(now, protocol, &value), now - value.last_ns >= NEW_NS);
+        let used = FlowValue { state: value.state | FLOW_STATE_REPLIED, ..value };
+        prop_assert_eq!(is_forgotten(now, protocol, &used), now - value.last_ns >= limit);
+        let closed = FlowValue { state: used.state | CLOSED, ..used };
+        prop_assert_eq!(is_forgotten(now, protocol, &closed), now - value.last_ns >= NEW_NS);
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub fn find(key: &FlowKey, now_ns: u64) -> Option<Entry> {
     }
     let at = FLOWS_NEW.get_ptr_mut(key)?;
     let entry = Entry { at, established: false };
-    if flow::is_forgotten(now_ns, entry.value()) { None } else { Some(entry) }
+    if flow::is_forgotten(now_ns, key.protocol, entry.value()) { None } else { Some(entry) }
 }
 
 impl Entry {
@@ -180,12 +180,15 @@ fn check_partner(key: &FlowKey, entry: &Entry, syn: bool, scratch: &mut Scratch)
     // The reply's entry first: where the forward one is, the other is.
     scratch.value.state |= FLOW_STATE_REPLIED;
     if FLOWS.insert(&scratch.partner, &scratch.value, ANY).is_err() {
+        // It stays where it is, and is as long-lived there as the LRU allows.
+        entry.set(value.state | FLOW_STATE_REPLIED);
         count(Counter::FlowTableFull);
         return;
     }
     copy(value, &mut scratch.value);
     if FLOWS.insert(key, &scratch.value, ANY).is_err() {
         let _ = FLOWS.remove(&scratch.partner);
+        entry.set(value.state | FLOW_STATE_REPLIED);
         count(Counter::FlowTableFull);
         return;
     }

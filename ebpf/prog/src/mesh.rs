@@ -259,7 +259,7 @@ pub fn from_gateway(
         if let Some(found) = published(ip.tuple.protocol, ip.tuple.dport_be, ip.tuple.dst) {
             // The task calls its own node.
             let mut client_port_be = 0;
-            call_self(&ip.tuple, port.endpoint, &mut client_port_be);
+            call_self(&ip.tuple, ip.tcp_flags.into(), port.endpoint, &mut client_port_be);
             if client_port_be == 0 {
                 return Err(Counter::DropFlowTable);
             }
@@ -365,13 +365,12 @@ fn leave(ctx: &TcContext, config: &Config, ip: &mut Ip) -> Verdict {
 /// A task calls a published port of its own node: the node's address and a free port stand for the
 /// task's, so that the backend's answers come back here, even if the backend is the task itself.
 #[inline(never)]
-fn call_self(tuple: &Tuple, endpoint: u64, client_port_be: &mut u16) {
+fn call_self(tuple: &Tuple, flags: u32, endpoint: u64, client_port_be: &mut u16) {
     let now = flows::now();
     let key = flow::key(FLOW_SELF, 0, tuple);
     if let Some(entry) = flows::find(&key, now) {
         *client_port_be = entry.value().client_port_be;
-        // A closed flow's decision may serve the next one of the same ports.
-        if entry.advance(&key, false, 0, now) {
+        if entry.advance(&key, false, flags as u8, now) {
             return;
         }
     }
@@ -390,10 +389,17 @@ fn call_self(tuple: &Tuple, endpoint: u64, client_port_be: &mut u16) {
     *client_port_be = created.map_or(0, |value| value.client_port_be);
 }
 
-/// From a backend's node to this ingress node: a frame of kind `0a`, which the VXLAN device
-/// received (its receive path clears the tunnel's marks on the packet, as forwarding needs).
+/// From a backend's node to this ingress node: a frame of kind `0a`. What is still to be segmented
+/// comes through the VXLAN device (its receive path clears the tunnel's marks on the packet, as
+/// forwarding needs); so do ICMP errors, which are few.
 #[inline(always)]
-pub fn returned(ctx: &TcContext, config: &Config, frame: &Frame, ip: &mut Ip, dst: Mac) -> Verdict {
+pub fn returned<const DIRECT: bool>(
+    ctx: &TcContext,
+    config: &Config,
+    frame: &Frame,
+    ip: &mut Ip,
+    dst: Mac,
+) -> Verdict {
     let node = *get!(VTEPS, &addr::wide(frame.vtep)).ok_or(Counter::DropTunnelSource)?;
     if frame.vni != config.ingress_vni || frame.vni == 0 || dst.id() != config.node {
         return Err(Counter::DropTunnelVni);
@@ -408,6 +414,9 @@ pub fn returned(ctx: &TcContext, config: &Config, frame: &Frame, ip: &mut Ip, ds
     }
     match ip.tuple.protocol {
         PROTOCOL_ICMP if icmp::is_error(ip.icmp[0]) => {
+            if DIRECT {
+                return Ok(PASS);
+            }
             let quoted = quote::read(ctx).ok_or(Counter::DropMesh)?;
             published(quoted.protocol, quoted.dport_be, ip.tuple.src).ok_or(Counter::DropMesh)?;
             count(Counter::IcmpRelayed);
@@ -426,6 +435,10 @@ pub fn returned(ctx: &TcContext, config: &Config, frame: &Frame, ip: &mut Ip, ds
         if let Some(entry) = flows::find(key, now) {
             entry.advance(key, true, flags, now);
         }
+    }
+    if DIRECT {
+        packet::strip(ctx, frame.eth)?;
+        crate::tunnel::mark_congestion(ctx, frame.tos)?;
     }
     leave(ctx, config, ip)
 }

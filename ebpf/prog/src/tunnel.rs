@@ -14,7 +14,7 @@ use crate::{
     mesh,
     packet::{
         ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len,
-        pull, read, strip, to_peer, tunnel_source, write,
+        pull, read, segment, strip, to_peer, tunnel_source, write,
     },
     vip,
 };
@@ -100,15 +100,16 @@ fn receive<const DIRECT: bool>(ctx: &TcContext, config: &Config, frame: &Frame) 
         return Err(unknown(frame, Counter::DropEtherType));
     }
     let dst = Mac::from_words(frame.eth.dst);
-    if DIRECT && dst.kind() == mac::MESH_RETURN {
-        // For the VXLAN device, and `from_vxlan` there.
+    if DIRECT && dst.kind() == mac::MESH_RETURN && segment(ctx) != 0 {
+        // For the VXLAN device, and `from_vxlan` there: stripping leaves the tunnel's mark on what
+        // is still to be segmented, and this packet is forwarded again.
         return Ok(PASS);
     }
     let mut ip = parse(ctx, if DIRECT { L3 + ENCAP } else { L3 })?;
     match dst.kind() {
         mac::ENDPOINT => unicast::<DIRECT>(ctx, config, frame, &mut ip, dst),
         mac::MESH_FORWARD => mesh::forwarded::<DIRECT>(ctx, config, frame, &mut ip, dst),
-        mac::MESH_RETURN if !DIRECT => mesh::returned(ctx, config, frame, &mut ip, dst),
+        mac::MESH_RETURN => mesh::returned::<DIRECT>(ctx, config, frame, &mut ip, dst),
         _ => Err(unknown(frame, Counter::DropNoEndpoint)),
     }
 }

@@ -43,11 +43,12 @@ pub fn from_client(
     if let Some(entry) = flows::find(key, now) {
         let value = entry.value();
         let (id, hairpin) = (value.endpoint, value.state & FLOW_STATE_HAIRPIN != 0);
+        let reply = flow::is_hairpin_reply(value.state);
         match get!(ENDPOINTS, &id) {
             // Its backend is gone: another one can at least refuse.
             None => entry.forget(key),
             Some(endpoint) => {
-                if entry.advance(key, false, flags, now) {
+                if entry.advance(key, reply, flags, now) {
                     return forward(ctx, config, port, ip, way, id, endpoint, hairpin);
                 }
             }
