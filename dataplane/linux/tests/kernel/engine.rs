@@ -31,7 +31,7 @@ fn tasks_of_a_node_reach_each_other() {
         let la = engine.attach(&a, &[net.eth0(1), net.gw0(2)]).await.unwrap();
         println!("first attach: {:?}", started.elapsed());
         let started = Instant::now();
-        engine.attach(&b, &[net.eth0(3)]).await.unwrap();
+        engine.attach(&b, &[net.eth0(3), net.gw0(4)]).await.unwrap();
         println!("second attach: {:?}", started.elapsed());
         ping(&net.name("a"), "10.0.0.3");
         let report = engine.round().await;
@@ -39,7 +39,7 @@ fn tasks_of_a_node_reach_each_other() {
         assert!(report.applied.is_empty(), "not level: {:#?}", report.applied);
         let report = engine.detach(&la).await;
         good(&report);
-        assert_eq!(count("ip -o link show type veth", "mv"), 1);
+        assert_eq!(count("ip -o link show type veth", "mv"), 2);
         good(&engine.teardown().await);
         net.assert_clean();
     });
