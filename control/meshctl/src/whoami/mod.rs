@@ -31,7 +31,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// A small server that says who answered, and to whom. Without options: HTTP on port 80, TCP and
 /// UDP on port 7; with options, what they name alone.
 #[derive(Debug, Clone, clap::Args)]
-pub struct WhoamiArgs {
+pub(crate) struct WhoamiArgs {
     /// Serve HTTP: `/`, `/?delay=2s`, `/?size=1MB`, `/env`, `/health` (`POST /health?ok=false`
     /// turns it to 503). May be repeated.
     #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
@@ -48,7 +48,7 @@ pub struct WhoamiArgs {
 ///
 /// # Errors
 /// When a port cannot be bound.
-pub fn run(mut args: WhoamiArgs) -> anyhow::Result<()> {
+pub(crate) fn run(mut args: WhoamiArgs) -> anyhow::Result<()> {
     if args.http.is_empty() && args.tcp.is_empty() && args.udp.is_empty() {
         args = WhoamiArgs { http: vec![80], tcp: vec![7], udp: vec![7] };
     }

@@ -278,7 +278,7 @@ async fn connection(
     }
 }
 
-type Answer = Response<BoxBody<Bytes, std::convert::Infallible>>;
+type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 async fn serve(
     request: Request<Incoming>,

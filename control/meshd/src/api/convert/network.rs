@@ -298,7 +298,8 @@ mod tests {
 
     #[test]
     fn what_is_not_implemented_is_named() {
-        let refusals: [(&str, fn(&mut api::NetworkCreate)); 8] = [
+        type Change = fn(&mut api::NetworkCreate);
+        let refusals: [(&str, Change); 8] = [
             ("encrypted", |n| drop(n.options.insert("encrypted".into(), String::new()))),
             ("--opt x", |n| drop(n.options.insert("x".into(), String::new()))),
             ("--ipv6", |n| n.enable_ipv6 = Some(true)),
