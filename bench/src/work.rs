@@ -436,10 +436,10 @@ mod conn {
                 }
                 open_slots[index] = open(to, &epoll, index)?;
             }
-            for index in 0..open_slots.len() {
-                if open_slots[index].begun.elapsed() > STALL {
+            for (index, slot) in open_slots.iter_mut().enumerate() {
+                if slot.begun.elapsed() > STALL {
                     stalled += 1;
-                    open_slots[index] = open(to, &epoll, index)?;
+                    *slot = open(to, &epoll, index)?;
                 }
             }
         }
