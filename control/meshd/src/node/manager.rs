@@ -257,8 +257,11 @@ impl Manager {
             lock(&self.liveness).recent(clock::monotonic(), HEARTBEAT * 2).into_iter().collect();
         let (add, remove) = self.raft.read(|store| {
             let managers = || store.nodes.values().filter(|n| n.spec.role == Role::Manager);
+            // One that leaves is down in the store at once, though it was heard a moment ago.
+            let alive = |n: &&Node| n.status.state == NodeState::Ready && recent.contains(&n.id);
             let add = managers()
-                .find(|n| !voters.contains(&n.number) && recent.contains(&n.id))
+                .filter(|n| !voters.contains(&n.number))
+                .find(alive)
                 .map(|n| (n.number, n.address));
             let keep: BTreeSet<NodeNumber> = managers().map(|n| n.number).collect();
             (add, voters.difference(&keep).next().copied())

@@ -40,6 +40,8 @@ use crate::{
 
 /// The port of managers, Swarm's.
 pub(crate) const MANAGER_PORT: u16 = 2377;
+/// How long the other managers may take to agree that a leaving one votes no more.
+const VOTE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long tasks may take to end when the node leaves.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the managers may take to end them, before the node does it on its own.
@@ -245,6 +247,7 @@ impl Member {
             // They take the tasks away, and hear of each end while the session lasts: else the
             // tasks' addresses would be held until the node is removed.
             self.agent.released(RELEASE_PATIENCE).await;
+            note("giving the vote back", self.give_vote_back().await);
         }
         self.tasks.end();
         note("ending tasks", self.agent.stop_all(LEAVE_PATIENCE).await);
@@ -259,6 +262,16 @@ impl Member {
         self.resolver.shutdown().await;
         note("forgetting the cluster", forget(&self.options));
         first.map_or(Ok(()), Err)
+    }
+
+    /// The managers that stay must not need this one's vote: of two, one alone is no majority.
+    async fn give_vote_back(&self) -> Result<()> {
+        let Some(manager) = &self.manager else { return Ok(()) };
+        let removed = manager.raft.remove_voter(self.identity.number);
+        tokio::time::timeout(VOTE_PATIENCE, removed)
+            .await
+            .context("no majority agreed in time: `node rm --force` this node on a manager")??;
+        Ok(())
     }
 
     /// So that the others need not wait for silence. Best effort: they find out in any case.
