@@ -299,8 +299,8 @@ impl Member {
 }
 
 /// Takes away what is left of a membership that cannot be taken up: its tasks and their resolver
-/// outlived the daemon, and so did all in the kernel. Forgets it last: what still runs would be found
-/// by nobody once its files are gone.
+/// outlived the daemon, and so did all in the kernel. Forgets it last: what still runs would be
+/// found by nobody once its files are gone.
 pub(crate) async fn sweep(options: &Options) -> Result<()> {
     let executor = ProcessExecutor::new(ProcessConfig::new(options.tasks_dir(), options.cgroup()))?;
     for (task, _) in executor.list().await? {
