@@ -139,7 +139,9 @@ impl Drop for OwnLab {
 
 fn run_plan(plan: &Plan, wanted: &[(String, Case)]) -> Result<Vec<String>> {
     let meshctl = binaries().context("build what is tested")?;
-    let name: LabName = format!("test-{}", plan.name).parse()?;
+    // Several working trees may test on one machine.
+    let prefix = std::env::var("MESH_TESTS_LAB").unwrap_or_else(|_| "test".to_owned());
+    let name: LabName = format!("{prefix}-{}", plan.name).parse()?;
     down(&name).context("clear away what an earlier run left")?;
     let options = UpOptions {
         topology: plan.topology,

@@ -13,7 +13,7 @@ use mesh_types::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::model::{ClusterSpec, NodeDescription, NodeSpec, NodeState, Role};
+use crate::model::{ClusterSpec, NodeDescription, NodeSpec, NodeStatus, Role};
 
 /// One entry of the log. Either all of it is applied or, rejected, nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,7 +145,7 @@ pub struct NodeReport {
     /// Which.
     pub id: NodeId,
     /// The verdict, if it changed.
-    pub state: Option<(NodeState, String)>,
+    pub status: Option<NodeStatus>,
     /// What it says of itself, if it changed.
     pub description: Option<NodeDescription>,
 }

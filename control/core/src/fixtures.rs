@@ -6,7 +6,7 @@ use mesh_types::{
     ClusterId, NetworkId, NodeId, Protocol, Revision, ServiceId, TaskId,
     spec::{
         EndpointMode, NetworkAttachment, NetworkSpec, PortSpec, RestartPolicy, ServiceMode,
-        ServiceSpec, TaskSpec,
+        ServiceSpec, TaskSpec, UpdatePolicy,
     },
     task::{TaskState, TaskStatus},
 };
@@ -14,7 +14,7 @@ use mesh_types::{
 use crate::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, Rejection},
     leader::{LeaderMemory, decide},
-    model::{ClusterSpec, NodeDescription, NodeSpec, NodeState, Role, Service, Task},
+    model::{ClusterSpec, NodeDescription, NodeSpec, NodeState, NodeStatus, Role, Service, Task},
     store::Store,
 };
 
@@ -90,6 +90,8 @@ pub(crate) fn service(name: &str, replicas: u64, networks: &[NetworkId]) -> Serv
             .collect(),
         endpoint_mode: EndpointMode::Vip,
         ports: Vec::new(),
+        update: UpdatePolicy::default(),
+        rollback: UpdatePolicy::default(),
         raw: None,
     }
 }
@@ -135,7 +137,15 @@ impl Bench {
 
     pub(crate) fn node_state(&mut self, number: u8, state: NodeState) {
         let id = node_id(u128::from(number));
-        let report = NodeReport { id, state: Some((state, String::new())), description: None };
+        let report = NodeReport {
+            id,
+            status: Some(NodeStatus {
+                state,
+                lost: state == NodeState::Down,
+                ..NodeStatus::default()
+            }),
+            description: None,
+        };
         self.apply(Command::ReportNodes(vec![report])).unwrap();
     }
 

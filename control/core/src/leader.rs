@@ -16,7 +16,7 @@ mod restart;
 mod scheduler;
 mod view;
 
-use mesh_types::{NetworkId, ServiceId, TaskId, spec::ServiceMode, task::TaskState};
+use mesh_types::{NodeId, Revision, spec::ServiceMode, task::TaskState};
 
 use crate::{
     command::{Command, TaskChange},
@@ -32,13 +32,13 @@ pub struct Decision {
     pub wake_at_ms: Option<u64>,
 }
 
-/// What the loops remember between rounds; lost with leadership, never needed for correctness.
+/// What the leader knows beside the store; lost with leadership, never needed for correctness.
 #[derive(Debug, Default)]
 pub struct LeaderMemory {
-    /// Recent failures, for pacing and for ranking nodes.
-    pub failures: std::collections::BTreeMap<ServiceId, Vec<(TaskId, u64)>>,
-    /// Unused for now: networks with allocation trouble, to say it once.
-    pub complained: std::collections::BTreeSet<NetworkId>,
+    /// How far each node's kernel is, by its own word: all records up to there are applied.
+    pub acked: std::collections::BTreeMap<NodeId, Revision>,
+    /// Nodes that were not heard for two seconds: nobody waits for their word.
+    pub silent: std::collections::BTreeSet<NodeId>,
 }
 
 /// One round. Level-triggered: called on every change of the store and at `wake_at_ms`; with

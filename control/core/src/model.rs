@@ -66,6 +66,8 @@ pub struct ClusterSpec {
     pub task_history: u32,
     /// Life of a node certificate, seconds.
     pub certificate_secs: u64,
+    /// How long a node must be silent, its data path too, before its tasks are replaced, seconds.
+    pub reschedule_after_secs: u64,
 }
 
 impl Default for ClusterSpec {
@@ -81,6 +83,7 @@ impl Default for ClusterSpec {
             data_path_port: 4789,
             task_history: 5,
             certificate_secs: 90 * 24 * 3600,
+            reschedule_after_secs: 15,
         }
     }
 }
@@ -169,6 +172,9 @@ pub struct NodeStatus {
     pub state: NodeState,
     /// Why it is not ready.
     pub message: String,
+    /// Neither its daemon nor its data path was heard for [`ClusterSpec::reschedule_after_secs`]:
+    /// its tasks are replaced. (A node whose daemon alone is silent is down, and keeps its tasks.)
+    pub lost: bool,
 }
 
 /// The leader's verdict about a node.
@@ -238,6 +244,39 @@ pub struct Service {
     pub ports: Vec<PortSpec>,
     /// Removed by the user: its tasks are being ended.
     pub removing: bool,
+    /// How its last update or rollback goes or went.
+    pub update: Option<UpdateStatus>,
+}
+
+/// How an update goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateStatus {
+    /// How far it is.
+    pub state: UpdateState,
+    /// When it began, ms since the epoch.
+    pub started_ms: u64,
+    /// When it ended, if it did.
+    pub completed_ms: Option<u64>,
+    /// For people.
+    pub message: String,
+}
+
+/// How far an update is; the names are Docker's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateState {
+    /// Tasks are being replaced.
+    Updating,
+    /// Too many new tasks failed; it waits for the user.
+    Paused,
+    /// All tasks are of the new spec.
+    Completed,
+    /// Tasks go back to the spec before.
+    RollbackStarted,
+    /// Too many tasks of the way back failed.
+    RollbackPaused,
+    /// All tasks are of the spec before again.
+    RollbackCompleted,
 }
 
 /// A task.

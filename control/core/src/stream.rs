@@ -363,6 +363,7 @@ pub fn assignments(store: &Store, node: NodeId) -> Vec<TaskAssignment> {
             spec: task.spec.clone(),
             leases: task.leases.clone(),
             desired: task.desired,
+            drain: std::time::Duration::ZERO,
         })
         .collect()
 }

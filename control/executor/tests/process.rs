@@ -257,6 +257,7 @@ fn assignment(bits: u128, argv: &[&str]) -> TaskAssignment {
         spec: TaskSpec { args: strings(argv), ..TaskSpec::default() },
         leases: Vec::new(),
         desired: TaskState::Running,
+        drain: std::time::Duration::ZERO,
     }
 }
 

@@ -56,6 +56,10 @@ pub struct ServiceSpec {
     pub endpoint_mode: EndpointMode,
     /// Published ports.
     pub ports: Vec<PortSpec>,
+    /// How tasks are replaced when the spec changes.
+    pub update: UpdatePolicy,
+    /// The same on the way back to the spec before.
+    pub rollback: UpdatePolicy,
     /// The API's own JSON for this spec, echoed back byte-faithful by `inspect`. Never interpreted
     /// outside the API.
     pub raw: Option<String>,
@@ -128,8 +132,89 @@ pub struct TaskSpec {
     pub stop_grace_period: Option<Duration>,
     /// What happens when a task ends.
     pub restart: RestartPolicy,
+    /// Which nodes may run it: all of these must hold.
+    pub constraints: Vec<Constraint>,
     /// Raised by `--force` to replace tasks whose spec is otherwise the same.
     pub force_update: u64,
+}
+
+/// How the tasks of a service are replaced, one batch after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdatePolicy {
+    /// Tasks at a time; zero: all at once.
+    pub parallelism: u64,
+    /// Pause between a batch and the next.
+    pub delay: Duration,
+    /// What happens when too many of the new tasks fail.
+    pub on_failure: FailureAction,
+    /// A new task that fails within this time counts as failed.
+    pub monitor: Duration,
+    /// How many of the new tasks may fail, in millionths of all.
+    pub max_failure_ppm: u32,
+    /// Whether the old task ends before or after the new one takes traffic.
+    pub order: UpdateOrder,
+}
+
+impl Default for UpdatePolicy {
+    /// Swarm's defaults.
+    fn default() -> Self {
+        Self {
+            parallelism: 1,
+            delay: Duration::ZERO,
+            on_failure: FailureAction::Pause,
+            monitor: Duration::from_secs(5),
+            max_failure_ppm: 0,
+            order: UpdateOrder::StopFirst,
+        }
+    }
+}
+
+/// What happens to an update whose tasks fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FailureAction {
+    /// It stops where it is until the user updates again.
+    #[default]
+    Pause,
+    /// It goes on.
+    Continue,
+    /// The spec before comes back (of a rollback: as `Pause`).
+    Rollback,
+}
+
+/// Whether the old task ends before or after the new one takes traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpdateOrder {
+    /// First the old one ends.
+    #[default]
+    StopFirst,
+    /// First the new one takes traffic.
+    StartFirst,
+}
+
+/// A condition on nodes, as `--constraint` gives it: `node.labels.zone==a`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Constraint {
+    /// What of the node.
+    pub key: ConstraintKey,
+    /// Whether it must be equal (`==`) or must not (`!=`).
+    pub equal: bool,
+    /// To this. Ids and labels compare as they are, names and roles without case.
+    pub value: String,
+}
+
+/// What of a node a [`Constraint`] looks at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConstraintKey {
+    /// `node.id`
+    Id,
+    /// `node.hostname`
+    Hostname,
+    /// `node.role`
+    Role,
+    /// `node.labels.KEY`; a node without the label has the empty value.
+    Label(String),
 }
 
 /// Which executor runs a task.

@@ -1,5 +1,6 @@
 //! Task states, leases, and what a manager tells a node to run.
 
+use core::time::Duration;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -153,8 +154,11 @@ pub struct TaskAssignment {
     pub spec: TaskSpec,
     /// Its interfaces.
     pub leases: Vec<EndpointLease>,
-    /// How far it should go: `Ready`, `Running`, `Shutdown` or `Remove`.
+    /// How far it should go: `Ready`, `Running`, `Shutdown` or `Remove`. A task that is to end stays
+    /// at `Running` here until the nodes that balance to it have applied its draining.
     pub desired: TaskState,
+    /// How long its open connections may take to end before it is told to stop.
+    pub drain: Duration,
 }
 
 /// All that the data plane needs to plug one interface into a network namespace.

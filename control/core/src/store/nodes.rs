@@ -18,7 +18,11 @@ pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
         description: new.description.clone(),
         address: new.address,
         vtep: new.vtep,
-        status: NodeStatus { state: NodeState::Unknown, message: "not heard of yet".into() },
+        status: NodeStatus {
+            state: NodeState::Unknown,
+            message: "not heard of yet".into(),
+            lost: false,
+        },
     }
 }
 
@@ -60,8 +64,8 @@ impl Store {
         for report in reports {
             let Some(node) = self.nodes.get_mut(&report.id) else { continue };
             let before = (node.status.clone(), node.description.clone());
-            if let Some((state, message)) = &report.state {
-                node.status = NodeStatus { state: *state, message: message.clone() };
+            if let Some(status) = &report.status {
+                node.status = status.clone();
             }
             if let Some(description) = &report.description {
                 node.description = description.clone();

@@ -44,6 +44,7 @@ impl Store {
             vips,
             ports,
             removing: false,
+            update: None,
         };
         self.services.insert(id, service);
         Ok(Outcome::Warnings(Vec::new()))

@@ -18,6 +18,7 @@ fn task(number: u128, desired: TaskState) -> TaskAssignment {
         spec: TaskSpec { args: vec!["sleep".into()], ..TaskSpec::default() },
         leases: Vec::new(),
         desired,
+        drain: Duration::ZERO,
     }
 }
 

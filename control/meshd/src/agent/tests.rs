@@ -142,6 +142,7 @@ impl Fixture {
             },
             leases: vec![lease],
             desired: TaskState::Running,
+            drain: Duration::ZERO,
         };
         let config = AgentConfig {
             state_dir,

@@ -4,15 +4,26 @@
 //! pass what they heard on to the leader. A new leader gives every node a fresh start, so that a
 //! change of leader declares nobody dead.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use mesh_control::{command::NodeReport, model::NodeState, store::Store};
+use mesh_control::{
+    command::NodeReport,
+    model::{NodeState, NodeStatus},
+    store::Store,
+};
 use mesh_types::NodeId;
 
 /// How often nodes report when they have nothing to say.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A node silent for this long is down and its tasks are replaced.
+/// A node silent for this long is down. Its tasks are replaced once its data path is silent too, for
+/// as long as the cluster's `reschedule_after_secs` says.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
+
+/// Nobody waits for the acknowledgement of a node that is silent for this long.
+const SILENT: Duration = Duration::from_secs(2);
 
 /// A node that was never heard counts as last heard this long ago: not ready, not down yet.
 const UNHEARD: Duration = Duration::from_secs(3);
@@ -28,6 +39,8 @@ const SLEPT: Duration = Duration::from_secs(3);
 #[derive(Debug, Default)]
 pub(crate) struct Liveness {
     heard: BTreeMap<NodeId, Duration>,
+    /// When somebody's probe last reached its data path.
+    reached: BTreeMap<NodeId, Duration>,
     pulse: Option<Duration>,
 }
 
@@ -38,7 +51,7 @@ impl Liveness {
         let before = self.pulse.replace(now);
         if before.is_some_and(|before| now.saturating_sub(before) > SLEPT) {
             let at = now.saturating_sub(UNHEARD);
-            for heard in self.heard.values_mut() {
+            for heard in self.heard.values_mut().chain(self.reached.values_mut()) {
                 *heard = (*heard).max(at);
             }
         }
@@ -51,21 +64,36 @@ impl Liveness {
         *at = (*at).max(now);
     }
 
+    /// A node answered a data-path probe of somebody whose report is fresh.
+    pub(crate) fn reached(&mut self, node: NodeId, now: Duration) {
+        let at = self.reached.entry(node).or_default();
+        *at = (*at).max(now);
+    }
+
+    /// Nodes reached within the last `window`.
+    pub(crate) fn recently_reached(&self, now: Duration, window: Duration) -> Vec<NodeId> {
+        recent(&self.reached, now, window)
+    }
+
+    /// Nodes not heard for two seconds: nobody waits for their acknowledgements.
+    pub(crate) fn silent(&self, store: &Store, now: Duration) -> BTreeSet<NodeId> {
+        let heard = self.recent(now, SILENT).into_iter().collect();
+        store.nodes.keys().copied().collect::<BTreeSet<_>>().difference(&heard).copied().collect()
+    }
+
     /// Nodes heard within the last `window`: what a manager passes on to the leader.
     pub(crate) fn recent(&self, now: Duration, window: Duration) -> Vec<NodeId> {
-        self.heard
-            .iter()
-            .filter(|(_, at)| now.saturating_sub(**at) <= window)
-            .map(|(node, _)| *node)
-            .collect()
+        recent(&self.heard, now, window)
     }
 
     /// This manager became the leader: everybody starts afresh.
     pub(crate) fn lead(&mut self, store: &Store, now: Duration) {
         let at = now.saturating_sub(UNHEARD);
         for node in store.nodes.keys() {
-            let entry = self.heard.entry(*node).or_default();
-            *entry = (*entry).max(at);
+            for seen in [&mut self.heard, &mut self.reached] {
+                let entry = seen.entry(*node).or_default();
+                *entry = (*entry).max(at);
+            }
         }
     }
 
@@ -73,30 +101,48 @@ impl Liveness {
     pub(crate) fn verdicts(&mut self, store: &Store, now: Duration) -> Vec<NodeReport> {
         self.pulse(now);
         self.heard.retain(|node, _| store.nodes.contains_key(node));
+        self.reached.retain(|node, _| store.nodes.contains_key(node));
+        let reschedule_after = store
+            .cluster
+            .as_ref()
+            .map_or(DOWN_AFTER, |cluster| Duration::from_secs(cluster.spec.reschedule_after_secs));
         let mut reports = Vec::new();
         for (id, node) in &store.nodes {
             let unheard = now.saturating_sub(UNHEARD);
             let silent = now.saturating_sub(*self.heard.entry(*id).or_insert(unheard));
-            let verdict = match node.status.state {
-                NodeState::Down if node.status.message == LEFT => continue,
+            let status = &node.status;
+            let reached = self.reached.get(id).copied().unwrap_or(unheard);
+            let dead = silent.min(now.saturating_sub(reached)) >= reschedule_after;
+            let (state, message, lost) = match status.state {
+                NodeState::Down if status.message == LEFT => continue,
                 NodeState::Ready if silent >= DOWN_AFTER => (
                     NodeState::Down,
                     format!("heartbeat failure: not heard for {} s", silent.as_secs()),
+                    dead,
                 ),
                 NodeState::Unknown | NodeState::Down | NodeState::Disconnected
                     if silent < HEARTBEAT * 2 =>
                 {
-                    (NodeState::Ready, String::new())
+                    (NodeState::Ready, String::new(), false)
                 }
                 NodeState::Unknown if silent >= DOWN_AFTER => {
-                    (NodeState::Down, "not heard since it joined".to_owned())
+                    (NodeState::Down, "not heard since it joined".to_owned(), dead)
+                }
+                NodeState::Down if dead && !status.lost => {
+                    (NodeState::Down, status.message.clone(), true)
                 }
                 _ => continue,
             };
-            reports.push(NodeReport { id: *id, state: Some(verdict), description: None });
+            let status = Some(NodeStatus { state, message, lost });
+            reports.push(NodeReport { id: *id, status, description: None });
         }
         reports
     }
+}
+
+fn recent(seen: &BTreeMap<NodeId, Duration>, now: Duration, window: Duration) -> Vec<NodeId> {
+    let fresh = |at: Duration| now.saturating_sub(at) <= window;
+    seen.iter().filter(|(_, at)| fresh(**at)).map(|(node, _)| *node).collect()
 }
 
 #[cfg(test)]
@@ -155,7 +201,13 @@ mod tests {
         let mut seen = Vec::new();
         for half in secs.start * 2..secs.end * 2 {
             let reports = liveness.verdicts(store, at(0) + Duration::from_millis(500 * half));
-            seen.extend(reports.iter().filter_map(|r| r.state.as_ref().map(|(state, _)| *state)));
+            seen.extend(
+                reports
+                    .iter()
+                    .filter_map(|r| r.status.as_ref())
+                    .filter(|s| !s.lost)
+                    .map(|s| s.state),
+            );
             apply(store, Command::ReportNodes(reports));
         }
         seen
@@ -169,6 +221,28 @@ mod tests {
         assert_eq!(watch(&mut liveness, &mut store, 9..12), [NodeState::Down]);
         liveness.heard(NODE, at(12));
         assert_eq!(watch(&mut liveness, &mut store, 12..13), [NodeState::Ready]);
+    }
+
+    #[test]
+    fn a_node_is_lost_when_its_data_path_is_silent_too() {
+        let (mut liveness, mut store) = (Liveness::default(), store());
+        let lost = |store: &Store| store.nodes[&NODE].status.lost;
+        liveness.heard(NODE, at(0));
+        watch(&mut liveness, &mut store, 0..14);
+        assert!(!lost(&store));
+        // Its daemon alone is silent: probes go on to be answered.
+        for second in 14..40 {
+            liveness.reached(NODE, at(second));
+            watch(&mut liveness, &mut store, second..second + 1);
+            assert!(!lost(&store));
+        }
+        watch(&mut liveness, &mut store, 40..53);
+        assert!(!lost(&store));
+        watch(&mut liveness, &mut store, 53..56);
+        assert!(lost(&store));
+        liveness.heard(NODE, at(56));
+        assert_eq!(watch(&mut liveness, &mut store, 56..57), [NodeState::Ready]);
+        assert!(!lost(&store));
     }
 
     #[test]
@@ -187,8 +261,8 @@ mod tests {
         let (mut liveness, mut store) = (Liveness::default(), store());
         liveness.heard(NODE, at(0));
         assert_eq!(watch(&mut liveness, &mut store, 0..1), [NodeState::Ready]);
-        let state = Some((NodeState::Down, LEFT.to_owned()));
-        let left = NodeReport { id: NODE, state, description: None };
+        let status = NodeStatus { state: NodeState::Down, message: LEFT.to_owned(), lost: true };
+        let left = NodeReport { id: NODE, status: Some(status), description: None };
         apply(&mut store, Command::ReportNodes(vec![left]));
         liveness.heard(NODE, at(1));
         assert_eq!(watch(&mut liveness, &mut store, 1..20), []);

@@ -10,7 +10,7 @@ use std::{
 use mesh_control::{
     command::{Command, NodeReport, Outcome, Proposal},
     leader::{LeaderMemory, decide},
-    model::{Node, NodeState, Role},
+    model::{Node, NodeState, NodeStatus, Role},
     store::Store,
     stream::{RecordLog, assignments, subscription},
 };
@@ -101,7 +101,7 @@ impl Manager {
         if known {
             return Ok(());
         }
-        let report = NodeReport { id: node, state: None, description: Some(description) };
+        let report = NodeReport { id: node, status: None, description: Some(description) };
         self.propose(Command::ReportNodes(vec![report])).await.map(drop)
     }
 
@@ -112,8 +112,8 @@ impl Manager {
 
     /// A node said that it leaves: it is down at once, and its tasks are replaced.
     pub(crate) async fn left(&self, node: NodeId) -> Result<(), ProposeError> {
-        let state = Some((NodeState::Down, LEFT.to_owned()));
-        let report = NodeReport { id: node, state, description: None };
+        let status = NodeStatus { state: NodeState::Down, message: LEFT.to_owned(), lost: true };
+        let report = NodeReport { id: node, status: Some(status), description: None };
         self.propose(Command::ReportNodes(vec![report])).await.map(drop)
     }
 
@@ -227,7 +227,7 @@ impl Manager {
             self.raft.read(|store| lock(&self.liveness).verdicts(store, clock::monotonic()));
         if !reports.is_empty() {
             for report in &reports {
-                tracing::info!(node = %report.id, state = ?report.state, "node state");
+                tracing::info!(node = %report.id, status = ?report.status, "node state");
             }
             self.propose_logged(term, Command::ReportNodes(reports)).await;
         }

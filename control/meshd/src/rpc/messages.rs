@@ -133,6 +133,13 @@ pub struct ReportRequest {
     /// From a manager to the leader: nodes that reported to it lately.
     #[serde(default)]
     pub heard: Vec<NodeId>,
+    /// Nodes whose data path answered a probe lately: the reporter's, or (from a manager to the
+    /// leader) anybody's who reported to it.
+    #[serde(default)]
+    pub reached: Vec<NodeId>,
+    /// From a manager to the leader: how far the nodes are that report to it.
+    #[serde(default)]
+    pub acks: Vec<(NodeId, Revision)>,
 }
 
 /// The answer to a [`ReportRequest`].

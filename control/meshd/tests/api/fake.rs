@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use mesh_control::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, TaskChange},
-    model::{NodeDescription, NodeSpec, NodeState, Role},
+    model::{NodeDescription, NodeSpec, NodeState, NodeStatus, Role},
     store::Store,
 };
 use mesh_types::{
@@ -266,8 +266,11 @@ impl Backend for Fake {
                 vtep: [192, 0, 2, 11].into(),
             },
         })))?;
-        let ready =
-            NodeReport { id, state: Some((NodeState::Ready, String::new())), description: None };
+        let ready = NodeReport {
+            id,
+            status: Some(NodeStatus { state: NodeState::Ready, ..NodeStatus::default() }),
+            description: None,
+        };
         state.apply(Command::ReportNodes(vec![ready]))?;
         state.me = Some(id);
         state.role = Role::Manager;

@@ -11,7 +11,7 @@ use mesh_types::{
     Protocol,
     spec::{
         EndpointMode, NetworkAttachment, PortSpec, RestartCondition, RestartPolicy, Runtime,
-        ServiceMode, ServiceSpec, TaskSpec,
+        ServiceMode, ServiceSpec, TaskSpec, UpdatePolicy,
     },
 };
 use serde_json::{Value, json};
@@ -115,6 +115,8 @@ pub(crate) fn service_spec(store: &Store, mut sent: Value) -> Result<ServiceSpec
         networks,
         endpoint_mode,
         ports,
+        update: UpdatePolicy::default(),
+        rollback: UpdatePolicy::default(),
         raw: Some(sent.to_string()),
     })
 }
@@ -203,6 +205,7 @@ fn task_spec(
         stop_signal: text(container.stop_signal),
         stop_grace_period: container.stop_grace_period.map(Duration::from_nanos),
         restart: restart_policy(template.restart_policy.as_ref())?,
+        constraints: Vec::new(),
         force_update: template.force_update,
     })
 }
