@@ -12,6 +12,7 @@
 pub mod ids;
 pub mod mac;
 pub mod net;
+pub mod placement;
 pub mod record;
 pub mod spec;
 pub mod task;
@@ -22,3 +23,4 @@ pub use ids::{
 };
 pub use mac::{Mac, MacKind};
 pub use net::{Mtu, Protocol};
+pub use placement::ConstraintParseError;
