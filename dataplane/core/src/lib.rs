@@ -4,6 +4,7 @@
 //! - [`plan`](fn@plan::plan): [`Desired`] against [`Observed`] -> the [`Op`]s that lead from one to
 //!   the other, in an order that is safe while packets flow.
 //! - [`maglev`]: the balancing tables, equal on every node.
+//! - [`probe`]: questions that a peer's programs answer, daemon or not.
 //!
 //! Nothing here touches a kernel, reads a clock or draws randomness; `mesh-linux` observes and
 //! applies. Everything is ordered (`BTreeMap`), so equal inputs give equal bytes.
@@ -13,6 +14,7 @@ pub mod maglev;
 pub mod nft;
 pub mod object;
 pub mod plan;
+pub mod probe;
 mod slots;
 
 pub use desired::{Attachment, Desired, Input, Options, Service, SlotKey, Underlay, desired};

@@ -135,6 +135,8 @@ pub struct Engine {
     /// Given up, but their namespaces are still to be cleaned.
     leaving: Vec<Lease>,
     last: Option<Desired>,
+    /// Of all rounds so far.
+    healed: u64,
     /// Where the flow collector goes on.
     flow_cursor: Option<Vec<u8>>,
 }
@@ -180,6 +182,7 @@ impl Engine {
             leases: Vec::new(),
             leaving: Vec::new(),
             last: None,
+            healed: 0,
             flow_cursor: None,
         })
     }
@@ -209,6 +212,13 @@ impl Engine {
     /// Nodes whose endpoints get no new flows, from the next round on.
     pub fn set_withdrawn(&mut self, nodes: BTreeSet<NodeNumber>) {
         self.withdrawn = nodes;
+    }
+
+    /// How many objects were repaired since this engine was opened: the sum of all
+    /// [`Report::healed`], those of [`Engine::attach`] and [`Engine::detach`] too.
+    #[must_use]
+    pub fn healed(&self) -> u64 {
+        self.healed
     }
 
     /// Reads the underlay.
@@ -316,6 +326,7 @@ impl Engine {
         };
         let done = apply.all(&plan.ops, &mut report.failures);
         self.account(&plan.ops, &done, &desired, &mut report);
+        self.healed = self.healed.saturating_add(report.healed as u64);
         self.last = Some(desired);
         report
     }

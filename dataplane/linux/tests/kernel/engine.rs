@@ -115,9 +115,11 @@ fn corruption_heals() {
             let before = net.dump(map);
             net.damage(map, damage);
             assert_ne!(net.dump(map), before, "{map} {damage:?} did nothing");
+            let total = engine.healed();
             let report = engine.round().await;
             good(&report);
             assert!(report.healed > 0, "{map} {damage:?}: {:#?}", report.applied);
+            assert_eq!(engine.healed(), total + report.healed as u64);
             let after = net.dump(map);
             assert_eq!(after.len(), before.len(), "{map} {damage:?}");
             let report = engine.round().await;
