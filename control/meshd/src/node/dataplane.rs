@@ -124,6 +124,7 @@ pub(crate) async fn start(
     options: &Options,
     facts: Facts,
     records: watch::Receiver<Arc<RecordSet>>,
+    withdrawn: watch::Receiver<BTreeSet<NodeNumber>>,
 ) -> Result<Handle> {
     let config = EngineConfig {
         node: facts.node,
@@ -165,6 +166,7 @@ pub(crate) async fn start(
                 leases: read_leases(&leases_file),
                 leases_file,
                 records,
+                withdrawn,
                 applied,
                 host_routes,
                 mtu,
@@ -207,6 +209,8 @@ struct Driver {
     leases: BTreeMap<TaskId, Lease>,
     leases_file: PathBuf,
     records: watch::Receiver<Arc<RecordSet>>,
+    /// Nodes whose data path is silent.
+    withdrawn: watch::Receiver<BTreeSet<NodeNumber>>,
     applied: watch::Sender<Revision>,
     host_routes: watch::Sender<BTreeSet<IpNetwork>>,
     mtu: watch::Sender<Mtu>,
@@ -230,6 +234,7 @@ impl Driver {
                 },
                 // Who writes the records ends before the driver does: a teardown still comes then.
                 Ok(()) = self.records.changed() => self.round().await,
+                Ok(()) = self.withdrawn.changed() => self.round().await,
                 _ = tick.tick() => {
                     self.look();
                     self.round().await;
@@ -313,6 +318,7 @@ impl Driver {
         let records = Arc::clone(&self.records.borrow_and_update());
         let revision = records.revision;
         self.engine.set_records(records);
+        self.engine.set_withdrawn(self.withdrawn.borrow_and_update().clone());
         let report = self.engine.round().await;
         if self.judge(report) {
             self.applied

@@ -151,8 +151,15 @@ impl RpcHandler for Handler {
         manager.heard(&[from.node]);
         if from.role == Role::Manager {
             manager.heard(&request.heard);
+            for (node, revision) in request.acks {
+                manager.acked(node, revision);
+            }
         }
-        manager.acked(from.node, request.acked);
+        manager.reached(&request.reached);
+        // What a manager passes on says nothing of its own kernel.
+        if request.acked > Revision::MIN {
+            manager.acked(from.node, request.acked);
+        }
         if let Some(description) = request.description {
             let described = manager.described(from.node, description).await;
             described.map_err(|error| not_proposed(&error))?;

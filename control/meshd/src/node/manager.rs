@@ -20,7 +20,7 @@ use mesh_types::{
     record::{Delta, Scope},
     task::TaskAssignment,
 };
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 use super::{
     clock,
@@ -29,6 +29,8 @@ use super::{
 
 /// The leader looks at liveness this often.
 const TICK: Duration = Duration::from_millis(500);
+/// Acknowledgements of several nodes come close together.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// A manager's share of the control plane.
 pub(crate) struct Manager {
@@ -37,6 +39,8 @@ pub(crate) struct Manager {
     liveness: Mutex<Liveness>,
     log: Mutex<RecordLog>,
     acked: Mutex<BTreeMap<NodeId, Revision>>,
+    /// Nodes acknowledged something: the leader's loops may go on, others pass it to the leader.
+    news: Notify,
 }
 
 impl std::fmt::Debug for Manager {
@@ -67,6 +71,7 @@ impl Manager {
             liveness: Mutex::default(),
             log: Mutex::default(),
             acked: Mutex::default(),
+            news: Notify::new(),
         })
     }
 
@@ -107,7 +112,30 @@ impl Manager {
 
     /// How far a node's kernel is, by its own word. Leader memory, never in the store.
     pub(crate) fn acked(&self, node: NodeId, revision: Revision) {
-        lock(&self.acked).insert(node, revision);
+        if lock(&self.acked).insert(node, revision) != Some(revision) {
+            self.news.notify_one();
+        }
+    }
+
+    /// The data paths of these nodes answered probes a moment ago.
+    pub(crate) fn reached(&self, nodes: &[NodeId]) {
+        let now = clock::monotonic();
+        let mut liveness = lock(&self.liveness);
+        for node in nodes {
+            liveness.reached(*node, now);
+        }
+    }
+
+    /// What the leader should know: who was heard and reached lately, and how far they are.
+    fn hearsay(&self) -> Hearsay {
+        let (now, window) = (clock::monotonic(), HEARTBEAT * 2);
+        let liveness = lock(&self.liveness);
+        let heard = liveness.recent(now, window);
+        let reached = liveness.recently_reached(now, window);
+        drop(liveness);
+        let acked = lock(&self.acked);
+        let acks = heard.iter().filter_map(|node| Some((*node, *acked.get(node)?))).collect();
+        Hearsay { heard, reached, acks }
     }
 
     /// A node said that it leaves: it is down at once, and its tasks are replaced.
@@ -176,6 +204,7 @@ impl Manager {
             tokio::select! {
                 _ = revisions.changed() => {}
                 _ = leadership.changed() => {}
+                () = self.news.notified() => tokio::time::sleep(GATHER).await,
                 () = tokio::time::sleep_until(wake) => {}
             }
             wake = Instant::now() + TICK;
@@ -183,8 +212,7 @@ impl Manager {
             if !leading.me_leader {
                 led_term = None;
                 if let Some((number, address)) = leading.leader {
-                    let recent = lock(&self.liveness).recent(clock::monotonic(), HEARTBEAT * 2);
-                    forward.forward(number, address, recent).await;
+                    forward.forward(number, address, self.hearsay()).await;
                 }
                 continue;
             }
@@ -232,6 +260,9 @@ impl Manager {
             self.propose_logged(term, Command::ReportNodes(reports)).await;
         }
         let now_ms = clock::wall_ms();
+        memory.acked.clone_from(&lock(&self.acked));
+        memory.silent =
+            self.raft.read(|store| lock(&self.liveness).silent(store, clock::monotonic()));
         let decision =
             self.raft.read(|store: &Store| decide(store, memory, now_ms, &mut rand::random));
         for command in decision.commands {
@@ -280,13 +311,24 @@ impl Manager {
     }
 }
 
+/// What a manager heard of nodes.
+#[derive(Debug, Default)]
+pub(crate) struct Hearsay {
+    /// Their daemons were heard.
+    pub(crate) heard: Vec<NodeId>,
+    /// Their data paths answered.
+    pub(crate) reached: Vec<NodeId>,
+    /// How far their kernels are.
+    pub(crate) acks: Vec<(NodeId, Revision)>,
+}
+
 /// How a manager that does not lead passes on what it heard.
 pub(crate) trait AsyncForward: Send + Sync + 'static {
-    /// Tells the leader which nodes were heard.
+    /// Tells the leader.
     fn forward(
         &self,
         leader: NodeNumber,
         address: std::net::SocketAddr,
-        heard: Vec<NodeId>,
+        hearsay: Hearsay,
     ) -> impl Future<Output = ()> + Send;
 }

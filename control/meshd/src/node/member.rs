@@ -2,7 +2,7 @@
 //! up and go down.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -13,15 +13,16 @@ use mesh_control::model::{NodeDescription, Role};
 use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
 use mesh_gossip::{Expected, GossipKey, Keyring, Timings};
 use mesh_raft::{Raft, RaftConfig};
-use mesh_types::{Epoch, NodeId, NodeNumber, record::RecordSet};
+use mesh_types::{Epoch, NodeNumber, record::RecordSet};
 use tokio::{sync::watch, task::AbortHandle};
 
 use super::{
     dataplane, facts,
     handler::Handler,
-    manager::{AsyncForward, Manager},
+    manager::{AsyncForward, Hearsay, Manager},
     persist::{self, Settings},
     plumbing::Plumbing,
+    probe,
     session::Session,
 };
 use crate::{
@@ -65,6 +66,7 @@ pub(crate) struct Member {
     gossip: Arc<Mutex<Option<Shell>>>,
     options: Options,
     tasks: Tasks,
+    _probes: probe::Handle,
     _servers: Vec<RpcServer>,
 }
 
@@ -151,16 +153,19 @@ impl Member {
             }
         };
         let (records, watched) = watch::channel(Arc::new(persist::records(&options.state_dir)));
-        let dataplane = dataplane::start(
-            options,
-            dataplane::Facts {
-                node: identity.number,
-                vtep: settings.vtep,
-                vxlan_port: settings.data_path_port,
-            },
-            watched.clone(),
-        )
-        .await?;
+        let facts = dataplane::Facts {
+            node: identity.number,
+            vtep: settings.vtep,
+            vxlan_port: settings.data_path_port,
+        };
+        let probes =
+            probe::start(facts.node, facts.vtep, facts.vxlan_port, watched.clone()).await?;
+        let withdrawn = probes.withdrawn.clone();
+        let applied_from = match options.fault_apply_late {
+            0 => watched.clone(),
+            late => delayed(watched.clone(), Duration::from_millis(late), &mut tasks),
+        };
+        let dataplane = dataplane::start(options, facts, applied_from, withdrawn).await?;
         let _ = handler.dataplane.set(dataplane.clone());
         let resolver = Arc::new(Resolver::start(
             &std::env::current_exe().context("finding meshd's own executable")?,
@@ -188,6 +193,7 @@ impl Member {
             agent: agent.clone(),
             description: described,
             applied: dataplane.applied(),
+            reached: probes.reached.clone(),
         };
         tasks.spawn(session.run());
         let member = Self {
@@ -201,6 +207,7 @@ impl Member {
             gossip: Arc::new(Mutex::new(Some(gossip))),
             options: options.clone(),
             tasks,
+            _probes: probes,
             _servers: servers,
         };
         member.follow_members(watched);
@@ -222,9 +229,9 @@ impl Member {
     }
 
     /// Nodes that answer gossip now, this one included.
-    pub(crate) fn alive(&self) -> std::collections::BTreeSet<NodeNumber> {
+    pub(crate) fn alive(&self) -> BTreeSet<NodeNumber> {
         let gossip = self.gossip.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut alive: std::collections::BTreeSet<NodeNumber> = gossip
+        let mut alive: BTreeSet<NodeNumber> = gossip
             .as_ref()
             .map(|shell| shell.members().borrow().keys().copied().collect())
             .unwrap_or_default();
@@ -319,7 +326,8 @@ pub(crate) async fn sweep(options: &Options) -> Result<()> {
             vxlan_port: settings.data_path_port,
         };
         let (_records, watched) = watch::channel(Arc::new(RecordSet::default()));
-        dataplane::start(options, facts, watched).await?.teardown().await?;
+        let (_probes, withdrawn) = watch::channel(BTreeSet::new());
+        dataplane::start(options, facts, watched, withdrawn).await?.teardown().await?;
     }
     forget(options)
 }
@@ -345,11 +353,12 @@ struct Forward {
 }
 
 impl AsyncForward for Forward {
-    async fn forward(&self, _leader: NodeNumber, address: SocketAddr, heard: Vec<NodeId>) {
-        if heard.is_empty() {
+    async fn forward(&self, _leader: NodeNumber, address: SocketAddr, hearsay: Hearsay) {
+        let Hearsay { heard, reached, acks } = hearsay;
+        if heard.is_empty() && reached.is_empty() {
             return;
         }
-        let request = ReportRequest { heard, ..ReportRequest::default() };
+        let request = ReportRequest { heard, reached, acks, ..ReportRequest::default() };
         let sent: Result<ReportResponse, _> = self
             .client
             .call(address, Expect::Manager, Route::Report, &request, Duration::from_secs(1))
@@ -395,6 +404,31 @@ fn expected(records: &RecordSet) -> BTreeMap<NodeNumber, Expected> {
         .values()
         .map(|n| (n.number, Expected { id: n.id, address: gossip(n.address) }))
         .collect()
+}
+
+/// The same values, each this much later.
+fn delayed<T: Clone + Send + Sync + 'static>(
+    mut source: watch::Receiver<T>,
+    late: Duration,
+    tasks: &mut Tasks,
+) -> watch::Receiver<T> {
+    let (sender, receiver) = watch::channel(source.borrow_and_update().clone());
+    let (queue, mut queued) = tokio::sync::mpsc::unbounded_channel();
+    tasks.spawn(async move {
+        while source.changed().await.is_ok() {
+            let value = source.borrow_and_update().clone();
+            let _ = queue.send((tokio::time::Instant::now() + late, value));
+        }
+    });
+    tasks.spawn(async move {
+        while let Some((due, value)) = queued.recv().await {
+            tokio::time::sleep_until(due).await;
+            sender.send_replace(value);
+        }
+        // Its end would be taken for the end of the records.
+        std::future::pending::<()>().await;
+    });
+    receiver
 }
 
 /// Tells the resolver of every change of the records.

@@ -17,6 +17,7 @@ mod manager;
 mod member;
 mod persist;
 mod plumbing;
+mod probe;
 mod session;
 
 use std::{

@@ -2,12 +2,12 @@
 //! revisions and signs of life go up. Any manager will do; with none reachable the node goes on
 //! with what it has.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use mesh_control::model::NodeDescription;
 use mesh_types::{
-    NodeId, Revision,
+    NodeId, NodeNumber, Revision,
     record::{Delta, RecordSet},
 };
 use tokio::sync::watch;
@@ -50,6 +50,8 @@ pub(crate) struct Session {
     pub(crate) description: watch::Receiver<NodeDescription>,
     /// How far the kernel is.
     pub(crate) applied: watch::Receiver<Revision>,
+    /// Whose data path answers probes.
+    pub(crate) reached: watch::Receiver<BTreeSet<NodeNumber>>,
 }
 
 impl Session {
@@ -111,6 +113,8 @@ impl Session {
             manager,
             statuses: self.agent.statuses(),
             applied: self.applied.clone(),
+            reached: self.reached.clone(),
+            records: self.records.subscribe(),
             description: self.description.clone(),
         };
         let reports = tokio::spawn(async move { reporter.run().await });
@@ -192,10 +196,19 @@ struct Reporter {
     manager: SocketAddr,
     statuses: StatusFeed,
     applied: watch::Receiver<Revision>,
+    reached: watch::Receiver<BTreeSet<NodeNumber>>,
+    records: watch::Receiver<Arc<RecordSet>>,
     description: watch::Receiver<NodeDescription>,
 }
 
 impl Reporter {
+    /// The store knows nodes by their ids.
+    fn reached(&self) -> Vec<NodeId> {
+        let records = self.records.borrow();
+        let reached = self.reached.borrow();
+        reached.iter().filter_map(|number| Some(records.nodes.get(number)?.id)).collect()
+    }
+
     async fn run(&mut self) -> Result<()> {
         loop {
             let mut description = None;
@@ -217,9 +230,11 @@ impl Reporter {
                 }
                 () = tokio::time::sleep(HEARTBEAT) => Vec::new(),
             };
+            let reached = self.reached();
             let request = ReportRequest {
                 statuses,
                 acked: *self.applied.borrow_and_update(),
+                reached,
                 description,
                 ..ReportRequest::default()
             };
