@@ -13,7 +13,7 @@ use mesh_types::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::model::{ClusterSpec, NodeDescription, NodeSpec, NodeStatus, Role};
+use crate::model::{ClusterSpec, NodeDescription, NodeSpec, NodeStatus, Role, UpdateState};
 
 /// One entry of the log. Either all of it is applied or, rejected, nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +168,8 @@ pub enum TaskChange {
         desired: TaskState,
         /// The restart delay's end.
         start_at_ms: Option<u64>,
+        /// The one live task of its place that it may stand beside, to take over from it.
+        replaces: Option<TaskId>,
     },
     /// Tries again to take the leases of a `New` task.
     Allocate {
@@ -204,10 +206,26 @@ pub enum TaskChange {
         /// Why.
         err: String,
     },
+    /// All nodes know that a task drains: its own node may be told to end it.
+    Release {
+        /// Which.
+        id: TaskId,
+    },
     /// Forgets an ended task.
     Delete {
         /// Which.
         id: TaskId,
+    },
+    /// How the update of a service goes on, if it is still the one to this version.
+    Update {
+        /// Whose.
+        service: ServiceId,
+        /// The service's [`crate::model::Service::spec_version`].
+        spec_version: Revision,
+        /// What comes next; `RollbackStarted` brings the spec before back.
+        state: UpdateState,
+        /// For people.
+        message: String,
     },
 }
 
@@ -254,14 +272,16 @@ pub enum Rejection {
 pub fn touched(changes: &[TaskChange]) -> BTreeSet<TaskId> {
     changes
         .iter()
-        .map(|change| match change {
+        .filter_map(|change| match change {
             TaskChange::Create { id, .. }
             | TaskChange::Allocate { id }
             | TaskChange::Assign { id, .. }
             | TaskChange::Explain { id, .. }
             | TaskChange::Desire { id, .. }
             | TaskChange::Conclude { id, .. }
-            | TaskChange::Delete { id } => *id,
+            | TaskChange::Release { id }
+            | TaskChange::Delete { id } => Some(*id),
+            TaskChange::Update { .. } => None,
         })
         .collect()
 }

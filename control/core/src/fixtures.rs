@@ -14,7 +14,9 @@ use mesh_types::{
 use crate::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, Rejection},
     leader::{LeaderMemory, decide},
-    model::{ClusterSpec, NodeDescription, NodeSpec, NodeState, NodeStatus, Role, Service, Task},
+    model::{
+        ClusterSpec, NodeDescription, NodeSpec, NodeState, NodeStatus, Role, Service, Stop, Task,
+    },
     store::Store,
 };
 
@@ -100,12 +102,22 @@ pub(crate) fn port(published: u16) -> PortSpec {
     PortSpec { protocol: Protocol::Tcp, target: 80, published }
 }
 
+/// How far a task's node is told to bring it.
+pub(crate) fn told(task: &Task) -> TaskState {
+    match task.stop {
+        Stop::Draining { .. } => TaskState::Running,
+        Stop::No | Stop::Released => task.desired.min(TaskState::Shutdown),
+    }
+}
+
 /// A store with a clock, driven by hand.
 #[derive(Debug, Default)]
 pub(crate) struct Bench {
     pub(crate) store: Store,
     pub(crate) now_ms: u64,
     pub(crate) memory: LeaderMemory,
+    /// Nodes acknowledge nothing by themselves.
+    pub(crate) mute: bool,
     ids: u128,
 }
 
@@ -136,14 +148,14 @@ impl Bench {
     }
 
     pub(crate) fn node_state(&mut self, number: u8, state: NodeState) {
+        self.node_status(number, state, state == NodeState::Down);
+    }
+
+    pub(crate) fn node_status(&mut self, number: u8, state: NodeState, lost: bool) {
         let id = node_id(u128::from(number));
         let report = NodeReport {
             id,
-            status: Some(NodeStatus {
-                state,
-                lost: state == NodeState::Down,
-                ..NodeStatus::default()
-            }),
+            status: Some(NodeStatus { state, lost, ..NodeStatus::default() }),
             description: None,
         };
         self.apply(Command::ReportNodes(vec![report])).unwrap();
@@ -173,6 +185,10 @@ impl Bench {
 
     /// One round; `false`: there was nothing to do. Also says when to look again.
     pub(crate) fn round(&mut self) -> (bool, Option<u64>) {
+        if !self.mute {
+            let all = self.store.nodes.keys();
+            self.memory.acked = all.map(|node| (*node, self.store.revision)).collect();
+        }
         let ids = &mut self.ids;
         let mut fresh = || {
             *ids += 1;
@@ -216,7 +232,7 @@ impl Bench {
                 .filter(|task| task.status.state >= TaskState::Assigned)
                 .filter(|task| !task.status.state.is_final())
                 .filter_map(|task| {
-                    let goal = task.desired.min(TaskState::Shutdown);
+                    let goal = told(task);
                     (task.status.state < goal).then_some((task.id, goal))
                 })
                 .collect();

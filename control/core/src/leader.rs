@@ -3,7 +3,7 @@
 //! One round looks at the whole store and asks for what should change, as one transaction (several
 //! when it is a lot):
 //! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks
-//! there should be, then waiting tasks are let go, leases are tried again, the [`scheduler`] places
+//! there should be and [`update`] how fast, [`stop`] lets draining tasks end, then waiting tasks are let go, leases are tried again, the [`scheduler`] places
 //! what is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds
 //! (a task made in one is placed in the next), so call it again after its commands were applied; it
 //! returns nothing once all is as it should be. The cost of a round is that of walking all tasks
@@ -14,6 +14,8 @@ mod reaper;
 mod replicated;
 mod restart;
 mod scheduler;
+mod stop;
+mod update;
 mod view;
 
 use mesh_types::{NodeId, Revision, spec::ServiceMode, task::TaskState};
@@ -49,10 +51,9 @@ pub fn decide(
     now_ms: u64,
     fresh: &mut dyn FnMut() -> u128,
 ) -> Decision {
-    // All that the loops need is in the store so far, so that a new leader decides the same.
-    let _ = memory;
     let places = view::places(store);
-    let mut round = view::Round::new(store, now_ms, fresh);
+    let mut round = view::Round::new(store, memory, now_ms, fresh);
+    stop::plan(&mut round);
     for (id, service) in &store.services {
         let of_service = places.get(id).unwrap_or(view::NO_PLACES);
         match service.spec.mode {

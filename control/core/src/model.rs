@@ -8,7 +8,10 @@ use std::{
 use ipnetwork::IpNetwork;
 use mesh_types::{
     ClusterId, EndpointId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId, Vni,
-    spec::{Labels, NetworkAttachment, NetworkSpec, PortSpec, ServiceSpec, TaskSpec},
+    spec::{
+        Constraint, ConstraintKey, Labels, NetworkAttachment, NetworkSpec, PortSpec, ServiceSpec,
+        TaskSpec, UpdatePolicy,
+    },
     task::{EndpointLease, TaskState, TaskStatus},
 };
 use serde::{Deserialize, Serialize};
@@ -107,6 +110,33 @@ pub struct Node {
     pub vtep: IpAddr,
     /// Whether it is alive, as the leader sees it.
     pub status: NodeStatus,
+    /// Since when it is lost, ms since the epoch.
+    pub lost_since_ms: Option<u64>,
+}
+
+impl Node {
+    /// Its daemon is not heard, or left: it can neither be told nor tell anything.
+    #[must_use]
+    pub fn is_down(&self) -> bool {
+        matches!(self.status.state, NodeState::Down | NodeState::Disconnected)
+    }
+
+    /// Whether all of these hold for it.
+    #[must_use]
+    pub fn satisfies(&self, constraints: &[Constraint]) -> bool {
+        constraints.iter().all(|constraint| {
+            let value = constraint.value.as_str();
+            let same = match &constraint.key {
+                ConstraintKey::Id => self.id.to_string() == value,
+                ConstraintKey::Hostname => self.description.hostname.eq_ignore_ascii_case(value),
+                ConstraintKey::Role => self.spec.role.name().eq_ignore_ascii_case(value),
+                ConstraintKey::Label(label) => {
+                    self.spec.labels.get(label).map_or("", String::as_str) == value
+                }
+            };
+            same == constraint.equal
+        })
+    }
 }
 
 /// What the operator set for a node.
@@ -131,6 +161,17 @@ pub enum Role {
     Worker,
     /// Holds the store too.
     Manager,
+}
+
+impl Role {
+    /// As users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Manager => "manager",
+        }
+    }
 }
 
 /// Whether a node takes tasks.
@@ -246,6 +287,43 @@ pub struct Service {
     pub removing: bool,
     /// How its last update or rollback goes or went.
     pub update: Option<UpdateStatus>,
+    /// The places whose new task ended too early in that update, one task each.
+    pub update_failures: Vec<UpdateFailure>,
+}
+
+impl Service {
+    /// Whether a task would be made differently today. A spec that came back is not out of date.
+    #[must_use]
+    pub fn outdates(&self, task: &Task) -> bool {
+        task.spec_version != self.spec_version
+            && (task.spec != self.spec.task
+                || task.networks != self.spec.networks
+                || task.published == self.ports.is_empty())
+    }
+
+    /// Whether tasks are being replaced, and by which policy.
+    #[must_use]
+    pub fn rolls(&self) -> Option<(UpdateState, &UpdatePolicy)> {
+        match self.update.as_ref()?.state {
+            state @ UpdateState::Updating => Some((state, &self.spec.update)),
+            state @ UpdateState::RollbackStarted => Some((state, &self.spec.rollback)),
+            UpdateState::Paused
+            | UpdateState::Completed
+            | UpdateState::RollbackPaused
+            | UpdateState::RollbackCompleted => None,
+        }
+    }
+}
+
+/// A new task that ended before its update's monitoring was over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateFailure {
+    /// The task.
+    pub task: TaskId,
+    /// Its slot, or nothing for a global service.
+    pub slot: Option<u64>,
+    /// Its node, for a global service.
+    pub node: Option<NodeId>,
 }
 
 /// How an update goes.
@@ -318,6 +396,30 @@ pub struct Task {
     pub attempts: u64,
     /// When that count began, ms since the epoch.
     pub attempts_since_ms: u64,
+    /// How far its end is on its way to its node.
+    pub stop: Stop,
+    /// The revision, and ms since the epoch, at which it was first known to run.
+    pub running: Option<(Revision, u64)>,
+    /// The task of its place that it was made beside, to take over from it (start first).
+    pub replaces: Option<TaskId>,
+}
+
+/// How a task is ended without losing a connection: first it takes no new ones anywhere, then its
+/// node is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Stop {
+    /// It should run.
+    #[default]
+    No,
+    /// Its endpoints are draining; the nodes may not all know yet, so its process goes on.
+    Draining {
+        /// Since this revision.
+        at: Revision,
+        /// And this time, ms since the epoch.
+        since_ms: u64,
+    },
+    /// Its node is told.
+    Released,
 }
 
 impl Task {

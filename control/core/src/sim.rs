@@ -2,19 +2,25 @@
 //! over random histories with seeds. After every entry the invariants hold; in the end, once all is
 //! well, everything runs. The revision stream is followed along on random paths.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use mesh_types::{
     NetworkId, NodeId, Revision, ServiceId, TaskId,
     record::{RecordSet, Scope},
-    spec::{EndpointMode, RestartCondition, ServiceMode, ServiceSpec},
+    spec::{
+        EndpointMode, FailureAction, RestartCondition, ServiceMode, ServiceSpec, UpdateOrder,
+        UpdatePolicy,
+    },
     task::{InterfaceKind, TaskState},
 };
 
 use crate::{
     command::Command,
-    fixtures::{Bench, network, network_id, new_node, port, service, service_id},
-    model::{Availability, Holder, NodeState, Role, Task},
+    fixtures::{Bench, network, network_id, new_node, node_id, port, service, service_id, told},
+    model::{Availability, Holder, Node, NodeState, Role, Stop, Task, UpdateState},
     store::Store,
     stream::{RecordLog, assignments, subscription},
 };
@@ -67,7 +73,8 @@ struct Follow {
 
 impl Sim {
     fn new(seed: u64) -> Self {
-        let bench = Bench::with_nodes(3);
+        let mut bench = Bench::with_nodes(3);
+        bench.mute = true;
         let logs = [RecordLog::default(), RecordLog::with_tombstones(4)];
         let sets = vec![RecordSet::default(); 3];
         let follow = Follow { logs, sets, scopes: BTreeSet::from([Scope::Cluster]) };
@@ -121,10 +128,64 @@ impl Sim {
         if self.dice.chance(20) {
             spec.task.restart.condition = RestartCondition::OnFailure;
         }
+        if self.dice.chance(25) {
+            spec.task.constraints.push("node.labels.zone==a".parse().unwrap());
+        }
+        spec.update = self.random_policy();
+        spec.rollback = self.random_policy();
         spec
     }
 
+    fn random_policy(&mut self) -> UpdatePolicy {
+        let orders = [UpdateOrder::StopFirst, UpdateOrder::StartFirst];
+        let actions = [FailureAction::Pause, FailureAction::Continue, FailureAction::Rollback];
+        UpdatePolicy {
+            parallelism: self.dice.below(3),
+            delay: Duration::from_secs(self.dice.below(3)),
+            on_failure: self.dice.pick(&actions).unwrap(),
+            monitor: Duration::from_secs(self.dice.below(6)),
+            max_failure_ppm: self.dice.pick(&[0, 300_000]).unwrap(),
+            order: self.dice.pick(&orders).unwrap(),
+        }
+    }
+
+    /// Some nodes tell how far they are; some fall silent, some are heard again.
+    fn acknowledge(&mut self) {
+        let memory = &mut self.bench.memory;
+        for node in self.bench.store.nodes.keys() {
+            if self.dice.chance(20) {
+                memory.acked.insert(*node, self.bench.store.revision);
+            }
+            if self.dice.chance(5) && !memory.silent.remove(node) {
+                memory.silent.insert(*node);
+            }
+        }
+    }
+
+    /// One round of the leader, which lets no task end that somebody may still balance to.
+    fn round(&mut self) {
+        let before = self.bench.store.clone();
+        self.bench.round();
+        let memory = &self.bench.memory;
+        for (id, task) in &before.tasks {
+            let Stop::Draining { at, since_ms } = task.stop else { continue };
+            if self.bench.store.tasks.get(id).is_none_or(|task| task.stop != Stop::Released) {
+                continue;
+            }
+            let lost = before.nodes.get(&task.node.unwrap()).is_none_or(|node| node.status.lost);
+            let waits_for = |node: &&Node| {
+                !node.is_down()
+                    && !memory.silent.contains(&node.id)
+                    && memory.acked.get(&node.id).is_none_or(|acked| *acked < at)
+            };
+            let late = self.bench.now_ms >= since_ms + 10_000;
+            let known = !before.nodes.values().any(|node| waits_for(&node));
+            assert!(lost || late || known, "released too early: {task:#?}");
+        }
+    }
+
     fn step(&mut self) {
+        self.acknowledge();
         self.bench.now_ms += self.dice.below(2_000);
         match self.dice.below(20) {
             0 => {
@@ -165,9 +226,7 @@ impl Sim {
             }
             7 | 8 => self.change_nodes(),
             9..=13 => self.nodes_report(),
-            _ => {
-                self.bench.round();
-            }
+            _ => self.round(),
         }
     }
 
@@ -192,7 +251,13 @@ impl Sim {
                 let states =
                     [NodeState::Down, NodeState::Ready, NodeState::Ready, NodeState::Unknown];
                 let state = self.dice.pick(&states).unwrap_or_default();
-                self.bench.node_state(u8::try_from(id.bits()).unwrap(), state);
+                let number = u8::try_from(id.bits()).unwrap();
+                if state == NodeState::Down && self.dice.chance(50) {
+                    // Its daemon alone is silent.
+                    self.bench.node_status(number, state, false);
+                } else {
+                    self.bench.node_state(number, state);
+                }
             }
             _ => {
                 let all = [
@@ -204,6 +269,8 @@ impl Sim {
                 let node = self.bench.store.nodes[&id].clone();
                 let mut spec = node.spec;
                 spec.availability = self.dice.pick(&all).unwrap_or_default();
+                let zone = self.dice.pick(&["a", "b"]).unwrap_or_default();
+                spec.labels.insert("zone".into(), zone.into());
                 self.try_apply(Command::UpdateNode { id, version: node.meta.version, spec });
             }
         }
@@ -245,14 +312,17 @@ impl Sim {
 
     /// All nodes are well and obey; time passes. Everything must come to run.
     fn heal(&mut self) {
+        self.bench.mute = false;
+        self.bench.memory.silent.clear();
         for id in self.nodes() {
             let node = self.bench.store.nodes[&id].clone();
             let mut spec = node.spec;
             spec.availability = Availability::Active;
+            spec.labels.insert("zone".into(), "a".into());
             self.try_apply(Command::UpdateNode { id, version: node.meta.version, spec });
             self.bench.node_state(u8::try_from(id.bits()).unwrap(), NodeState::Ready);
         }
-        for _ in 0..100 {
+        for _ in 0..400 {
             self.bench.run();
             self.check();
             match self.bench.settle() {
@@ -275,6 +345,7 @@ impl Sim {
                 ServiceMode::Replicated { replicas } => usize::try_from(replicas).unwrap(),
                 ServiceMode::Global => store.nodes.len(),
             };
+            assert!(service.rolls().is_none(), "{service:#?}");
             assert_eq!(wanted.len(), count, "places of {}", service.spec.name);
             for task in wanted {
                 let done = task.status.state.is_final()
@@ -284,7 +355,9 @@ impl Sim {
                     && task.status.err.starts_with("no free address on network");
                 let runs = task.status.state == TaskState::Running;
                 assert!(done || starved || runs, "{task:#?}");
-                assert_eq!(task.spec_version, service.spec_version, "{task:#?}");
+                // An update that failed leaves the rest, and where it failed the old.
+                let gave_up = service.rolls().is_none() && !service.update_failures.is_empty();
+                assert!(gave_up || !service.outdates(task), "{service:#?} {task:#?}");
             }
         }
         for task in store.tasks.values().filter(|task| task.desired > TaskState::Running) {
@@ -360,6 +433,8 @@ fn check_words(store: &Store) {
         let live = task.desired <= TaskState::Running && !task.status.state.is_final();
         let twins = store.tasks.values().filter(|other| {
             live && other.id != task.id
+                && other.replaces != Some(task.id)
+                && task.replaces != Some(other.id)
                 && other.service == task.service
                 && (other.slot, other.slot.map_or(other.node, |_| None))
                     == (task.slot, task.slot.map_or(task.node, |_| None))
@@ -429,5 +504,70 @@ fn random_histories_keep_the_promises_and_converge() {
         sim.check_converged();
         let bytes = rmp_serde::to_vec(&sim.bench.store).unwrap();
         assert_eq!(rmp_serde::from_slice::<Store>(&bytes).unwrap(), sim.bench.store);
+    }
+}
+
+/// Tasks that connections are balanced to.
+fn serving(bench: &Bench, id: ServiceId) -> usize {
+    let tasks = bench.live(id);
+    let ready = |task: &&&Task| {
+        task.status.state == TaskState::Running && task.desired <= TaskState::Running
+    };
+    tasks.iter().filter(ready).count()
+}
+
+#[test]
+fn updates_and_drains_take_no_more_away_than_they_may() {
+    for seed in 0..SEEDS / 5 {
+        let mut dice = Dice(seed);
+        let mut bench = Bench::with_nodes(4);
+        let replicas = 1 + dice.below(6);
+        let web = bench.create_service(1, service("web", replicas, &[]));
+        bench.run();
+        bench.mute = true;
+        let drained = dice.chance(50).then(|| node_id(2 + u128::from(dice.below(3))));
+        let order = if dice.chance(50) { UpdateOrder::StartFirst } else { UpdateOrder::StopFirst };
+        let parallelism = 1 + dice.below(2);
+        if let Some(id) = drained {
+            let Node { meta, mut spec, .. } = bench.store.nodes[&id].clone();
+            spec.availability = Availability::Drain;
+            bench.apply(Command::UpdateNode { id, version: meta.version, spec }).unwrap();
+        } else {
+            bench
+                .update_service(web, |spec| {
+                    spec.task.force_update += 1;
+                    spec.update = UpdatePolicy { parallelism, order, ..UpdatePolicy::default() };
+                })
+                .unwrap();
+        }
+        let down = match (drained, order) {
+            (None, UpdateOrder::StopFirst) => parallelism,
+            _ => 0,
+        };
+        for _ in 0..800 {
+            bench.now_ms += dice.below(300);
+            bench.round();
+            for node in bench.store.nodes.keys() {
+                if dice.chance(30) {
+                    bench.memory.acked.insert(*node, bench.store.revision);
+                }
+            }
+            let tasks: Vec<Task> = bench.live(web).into_iter().cloned().collect();
+            for task in tasks.iter().filter(|task| task.status.state >= TaskState::Assigned) {
+                if dice.chance(30) && task.status.state < told(task) {
+                    bench.report(task.id, told(task));
+                }
+            }
+            let least = usize::try_from(replicas.saturating_sub(down)).unwrap();
+            assert!(serving(&bench, web) >= least, "seed {seed}: {:#?}", bench.live(web));
+        }
+        assert_eq!(serving(&bench, web) as u64, replicas);
+        assert_eq!(bench.live(web).len() as u64, replicas, "seed {seed}: the old ones are gone");
+        let service = &bench.store.services[&web];
+        let state = service.update.as_ref().map(|update| update.state);
+        assert_eq!(state, drained.is_none().then_some(UpdateState::Completed));
+        for task in bench.live(web) {
+            assert!(!service.outdates(task) && (drained.is_none() || task.node != drained));
+        }
     }
 }

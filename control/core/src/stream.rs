@@ -1,6 +1,9 @@
 //! The revision stream and the assignments, derived from the store.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use mesh_types::{
     NodeId, NodeNumber, Revision, TaskId,
@@ -13,9 +16,12 @@ use mesh_types::{
 };
 
 use crate::{
-    model::{Network, Node, Role, Service, Task},
+    model::{Network, Node, Role, Service, Stop, Task},
     store::Store,
 };
+
+/// What a task's open connections get to end before the task is told to stop.
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// Tombstones (and gaps) kept; a node that is further behind than the oldest gets its scopes anew.
 const TOMBSTONES: usize = 65_536;
@@ -362,8 +368,12 @@ pub fn assignments(store: &Store, node: NodeId) -> Vec<TaskAssignment> {
             node,
             spec: task.spec.clone(),
             leases: task.leases.clone(),
-            desired: task.desired,
-            drain: std::time::Duration::ZERO,
+            // It runs on until whoever balances to it knows that it drains.
+            desired: match task.stop {
+                Stop::Draining { .. } => task.desired.min(TaskState::Running),
+                Stop::No | Stop::Released => task.desired,
+            },
+            drain: if store.services.contains_key(&task.service) { DRAIN } else { Duration::ZERO },
         })
         .collect()
 }

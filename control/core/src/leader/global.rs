@@ -4,35 +4,40 @@
 use mesh_types::task::TaskState;
 
 use super::{
-    restart::{self, Outdated, Standing},
+    restart,
+    scheduler::takes,
+    update::{self, Standings},
     view::{Place, Places, Round, occupant},
 };
-use crate::model::{Availability, NodeState, Service};
+use crate::model::Service;
 
 pub(super) fn plan(round: &mut Round<'_>, service: &Service, places: &Places<'_>) {
-    let mut moving = places.values().any(|tasks| restart::stopping(round, tasks));
-    let mut outdated: Vec<Outdated<'_>> = Vec::new();
+    let constraints = &service.spec.task.constraints;
+    let mut standings = Standings::default();
     for (place, tasks) in places {
         let (Place::Node(node), Some(task)) = (place, occupant(tasks)) else { continue };
-        if round.evicts(*node) {
-            round.end(task, TaskState::Shutdown);
+        if round.evicts(*node, constraints) {
+            for task in tasks.iter().filter(|task| task.desired <= TaskState::Running) {
+                round.end(task, TaskState::Shutdown);
+            }
             continue;
         }
-        match restart::tend(round, service, *place, tasks, task) {
-            Standing::Settled => {}
-            Standing::Moving => moving = true,
-            Standing::Outdated => outdated.push((*place, tasks, task)),
+        restart::tidy(round, tasks, task);
+        if let Some(old) = restart::predecessor(tasks, task) {
+            restart::hand_over(round, service, old, task);
+            standings.moves(*place);
+            continue;
         }
+        let standing = restart::tend(round, service, *place, tasks, task);
+        standings.stands(*place, standing);
     }
     for node in round.store.nodes.values() {
         let place = Place::Node(node.id);
         let tasks = places.get(&place).map_or(&[][..], Vec::as_slice);
-        let eligible =
-            node.status.state == NodeState::Ready && node.spec.availability == Availability::Active;
-        if eligible && occupant(tasks).is_none() {
-            round.create(service, place, tasks, 0);
-            moving = true;
+        if takes(node, constraints) && occupant(tasks).is_none() {
+            round.create(service, place, tasks, 0, None);
+            standings.moves(place);
         }
     }
-    restart::roll(round, service, &outdated, moving);
+    update::plan(round, service, places, standings);
 }

@@ -5,7 +5,7 @@ use mesh_types::{spec::RestartCondition, task::TaskState};
 use super::view::{Place, Round};
 use crate::{
     command::TaskChange,
-    model::{Service, Task},
+    model::{Node, Service, Task},
 };
 
 /// A successor waits this long for its predecessor's end, then starts all the same (as Swarm's).
@@ -26,7 +26,7 @@ pub(super) enum Verdict {
 /// Judges a task that ended while it should have run.
 pub(super) fn judge(task: &Task) -> Verdict {
     let policy = &task.spec.restart;
-    let delay_ms = u64::try_from(policy.delay.as_millis()).unwrap_or(u64::MAX);
+    let delay_ms = delay_ms(task);
     let wanted = match (task.status.state, policy.condition) {
         // Lost with its node, through no fault of its own.
         (TaskState::Orphaned, _) => return Verdict::Restart { delay_ms: 0 },
@@ -41,6 +41,10 @@ pub(super) fn judge(task: &Task) -> Verdict {
     if wanted && !spent { Verdict::Restart { delay_ms } } else { Verdict::Done }
 }
 
+fn delay_ms(task: &Task) -> u64 {
+    u64::try_from(task.spec.restart.delay.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// How a place stands, for the pace of updates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
@@ -53,7 +57,7 @@ pub(super) enum Standing {
 }
 
 /// Looks after one occupant that its place keeps: replaces it if it ended or, being out of date, is
-/// not even running. (A running one is replaced by [`roll`], one at a time.)
+/// not even running. (A running one is replaced by [`super::update`], at the policy's pace.)
 pub(super) fn tend(
     round: &mut Round<'_>,
     service: &Service,
@@ -61,7 +65,7 @@ pub(super) fn tend(
     tasks: &[&Task],
     task: &Task,
 ) -> Standing {
-    let outdated = task.spec_version != service.spec_version;
+    let outdated = service.outdates(task);
     let state = task.status.state;
     if state.is_final() {
         let verdict = if outdated { Verdict::Restart { delay_ms: 0 } } else { judge(task) };
@@ -79,7 +83,7 @@ pub(super) fn tend(
             replace(round, service, place, tasks, task, 0);
             Standing::Moving
         }
-        (false, TaskState::Running) => Standing::Settled,
+        (false, TaskState::Running) if round.serves(task) => Standing::Settled,
         // It waits for leases that the update itself may free: that is watched by `stopping`.
         (false, TaskState::New) if !task.status.err.is_empty() => Standing::Settled,
         (false, _) => Standing::Moving,
@@ -96,28 +100,78 @@ pub(super) fn replace(
     delay_ms: u64,
 ) {
     round.end(task, TaskState::Shutdown);
-    round.create(service, place, tasks, delay_ms);
+    round.create(service, place, tasks, delay_ms, None);
 }
 
-/// A place with a running task that is out of date.
-pub(super) type Outdated<'a> = (Place, &'a [&'a Task], &'a Task);
-
-/// The rolling update: replaces one running task that is out of date, if nothing else of the
-/// service is on its way up or down.
-pub(super) fn roll(
+/// Makes a successor beside a running task, which goes on until the successor serves.
+pub(super) fn succeed(
     round: &mut Round<'_>,
     service: &Service,
-    outdated: &[Outdated<'_>],
-    moving: bool,
+    place: Place,
+    tasks: &[&Task],
+    task: &Task,
 ) {
-    if let (false, Some((place, tasks, task))) = (moving, outdated.first()) {
-        replace(round, service, *place, tasks, task, 0);
+    // One that failed before sets the pace of the next.
+    let failed = tasks.iter().any(|other| other.replaces == Some(task.id));
+    let delay_ms = if failed { delay_ms(task) } else { 0 };
+    round.create(service, place, tasks, delay_ms, Some(task.id));
+}
+
+/// The task that an occupant is to take over from, if that still runs.
+pub(super) fn predecessor<'a>(tasks: &[&'a Task], occupant: &Task) -> Option<&'a Task> {
+    let id = occupant.replaces?;
+    let live = |task: &&&Task| {
+        task.id == id && task.desired <= TaskState::Running && !task.status.state.is_final()
+    };
+    tasks.iter().find(live).copied()
+}
+
+/// What ended before its successor took over has nothing to come back for.
+pub(super) fn tidy(round: &mut Round<'_>, tasks: &[&Task], current: &Task) {
+    for task in tasks.iter().filter(|task| task.id != current.id) {
+        if task.desired <= TaskState::Running && task.status.state.is_final() {
+            round.end(task, TaskState::Shutdown);
+        }
     }
 }
 
-/// Whether a task of the place is on its way down, on a node that can tell.
-pub(super) fn stopping(round: &Round<'_>, tasks: &[&Task]) -> bool {
-    tasks.iter().any(|task| task.desired > TaskState::Running && round.blocks(task))
+/// Two live tasks of one place: the new one takes over once it serves; if it cannot, the old one
+/// stays.
+pub(super) fn hand_over(round: &mut Round<'_>, service: &Service, old: &Task, new: &Task) {
+    let state = new.status.state;
+    let given_up = state.is_final()
+        || round.stranded(new)
+        || (state < TaskState::Running && service.outdates(new));
+    // No room beside the old one: in its place, then. An old one that has to leave its node does so
+    // even if nobody can take over.
+    let stuck = !new.status.err.is_empty()
+        && (state == TaskState::New || (state == TaskState::Pending && round.leaves(old)));
+    if given_up {
+        round.end(new, TaskState::Shutdown);
+    } else if stuck || round.stranded(old) || round.serves(new) {
+        round.end(old, TaskState::Shutdown);
+    }
+}
+
+/// Whether a task of the place is on its way down, on a node that can tell. One whose daemon is
+/// silent is waited for no longer than its successor waits.
+pub(super) fn stopping(round: &mut Round<'_>, tasks: &[&Task]) -> bool {
+    let mut found = false;
+    for task in tasks {
+        if task.desired <= TaskState::Running || !round.blocks(task) {
+            continue;
+        }
+        let node = task.node.and_then(|id| round.store.nodes.get(&id));
+        let deadline = task.meta.updated_ms.saturating_add(STOP_WAIT_MS);
+        if node.is_some_and(Node::is_down) {
+            if round.now_ms >= deadline {
+                continue;
+            }
+            round.wake(deadline);
+        }
+        found = true;
+    }
+    found
 }
 
 /// Lets a task that waits go on to run: its delay is over, and what was there before it has ended.
@@ -128,7 +182,10 @@ pub(super) fn release(round: &mut Round<'_>, tasks: &[&Task]) {
             continue;
         }
         let start = task.start_at_ms.unwrap_or(0);
-        let blocked = tasks.iter().take(index).any(|before| round.blocks(before));
+        let blocked = tasks
+            .iter()
+            .take(index)
+            .any(|before| task.replaces != Some(before.id) && round.blocks(before));
         let deadline = start.max(task.meta.created_ms.saturating_add(STOP_WAIT_MS));
         let due = if blocked { deadline } else { start };
         if round.now_ms >= due {

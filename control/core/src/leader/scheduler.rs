@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mesh_types::{NodeId, ServiceId, task::TaskState};
+use mesh_types::{NodeId, ServiceId, spec::Constraint, task::TaskState};
 
 use super::view::Round;
 use crate::{
@@ -46,7 +46,12 @@ fn placed(task: &Task) -> Option<NodeId> {
     task.node.filter(|_| counts)
 }
 
-fn usable(node: &Node) -> bool {
+/// Whether a node takes new tasks with these constraints.
+pub(super) fn takes(node: &Node, constraints: &[Constraint]) -> bool {
+    available(node) && node.satisfies(constraints)
+}
+
+fn available(node: &Node) -> bool {
     node.status.state == NodeState::Ready && node.spec.availability == Availability::Active
 }
 
@@ -75,7 +80,7 @@ fn spread(
     let mut ranking: BTreeSet<(bool, usize, usize, NodeId)> = store
         .nodes
         .values()
-        .filter(|node| usable(node))
+        .filter(|node| available(node))
         .map(|node| {
             let id = node.id;
             (count(&failures, id) >= FAILURES, count(&copies, id), count(load, id), id)
@@ -83,10 +88,11 @@ fn spread(
         .filter(|(_, _, load, _)| *load < NODE_TASKS)
         .collect();
     for task in tasks {
-        let best = match task.node {
-            Some(node) => ranking.iter().find(|entry| entry.3 == node).copied(),
-            None => ranking.first().copied(),
+        let fits = |id: NodeId| {
+            task.node.is_none_or(|chosen| chosen == id)
+                && store.nodes.get(&id).is_some_and(|node| node.satisfies(&task.spec.constraints))
         };
+        let best = ranking.iter().find(|entry| fits(entry.3)).copied();
         let Some(best) = best else {
             let err = refusal(round, task);
             if err != task.status.err {
@@ -110,7 +116,12 @@ fn refusal(round: &Round<'_>, task: &Task) -> String {
     let asked: Vec<&Node> =
         nodes.filter(|node| task.node.is_none_or(|chosen| chosen == node.id)).collect();
     let (mut down, mut unknown, mut drained, mut paused, mut full) = (0, 0, 0, 0, 0);
+    let mut unfit = 0;
     for node in &asked {
+        if available(node) && !node.satisfies(&task.spec.constraints) {
+            unfit += 1;
+            continue;
+        }
         match (node.status.state, node.spec.availability) {
             (NodeState::Down | NodeState::Disconnected, _) => down += 1,
             (NodeState::Unknown, _) => unknown += 1,
@@ -131,13 +142,18 @@ fn refusal(round: &Round<'_>, task: &Task) -> String {
         .filter(|(count, _)| *count > 0)
         .map(|(count, what)| format!("{count} {what}"))
         .collect();
-    let noun = if asked.len() == 1 { "node" } else { "nodes" };
-    if asked.is_empty() {
+    let nodes = |count: usize| format!("{count} {}", if count == 1 { "node" } else { "nodes" });
+    let mut reasons = Vec::new();
+    if unfit > 0 {
+        reasons.push(format!("scheduling constraints not satisfied on {}", nodes(unfit)));
+    }
+    let rest = asked.len() - unfit;
+    if rest > 0 {
+        let parts = parts.join(", ");
+        reasons.push(format!("{} not available for new tasks: {parts}", nodes(rest)));
+    }
+    if reasons.is_empty() {
         return "no suitable node".to_owned();
     }
-    format!(
-        "no suitable node ({} {noun} not available for new tasks: {})",
-        asked.len(),
-        parts.join(", ")
-    )
+    format!("no suitable node ({})", reasons.join("; "))
 }

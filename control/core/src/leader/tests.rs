@@ -3,16 +3,17 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use mesh_types::{
-    NodeId, ServiceId,
-    spec::{RestartCondition, ServiceMode},
+    NodeId, ServiceId, TaskId,
+    spec::{FailureAction, RestartCondition, ServiceMode, UpdateOrder},
     task::TaskState,
 };
 
 use crate::{
     command::Command,
-    fixtures::{Bench, node_id, service},
+    fixtures::{Bench, node_id, service, told},
     leader::{LeaderMemory, decide, view::CHANGES_MAX},
-    model::{Availability, NodeState},
+    model::{Availability, NodeState, Stop, Task, UpdateState},
+    stream::assignments,
 };
 
 fn replicas(count: u64) -> ServiceMode {
@@ -245,7 +246,7 @@ fn an_update_replaces_one_task_at_a_time() {
         bench.settle();
         least = least.min(bench.running(web));
         let next = bench.store.tasks.values().find_map(|task| {
-            let goal = task.desired.min(TaskState::Shutdown);
+            let goal = told(task);
             (task.status.state >= TaskState::Assigned
                 && !task.status.state.is_final()
                 && task.status.state < goal)
@@ -309,4 +310,229 @@ fn a_huge_service_is_made_in_several_transactions() {
         bench.apply(command).unwrap();
     }
     assert_eq!(bench.live(huge).len(), 5000);
+}
+
+/// All tasks of a service that should run, with their nodes.
+fn wanted(bench: &Bench, id: ServiceId) -> Vec<&Task> {
+    let live = bench.live(id).into_iter();
+    live.filter(|task| task.desired <= TaskState::Running).collect()
+}
+
+#[test]
+fn a_running_task_ends_when_all_know_that_it_drains() {
+    let mut bench = Bench::with_nodes(2);
+    let web = bench.create_service(1, service("web", 2, &[]));
+    bench.run();
+    bench.mute = true;
+    bench.update_service(web, |spec| spec.mode = replicas(1)).unwrap();
+    let wake = bench.settle().unwrap();
+    assert_eq!(wake, bench.now_ms + 10_000);
+    let old = bench.live(web).into_iter().find(|t| t.desired == TaskState::Remove).unwrap().clone();
+    let Stop::Draining { at, .. } = old.stop else { panic!("{old:?}") };
+    let told = |bench: &Bench| {
+        let of_node = assignments(&bench.store, old.node.unwrap());
+        of_node.iter().find(|task| task.id == old.id).unwrap().desired
+    };
+    assert_eq!(told(&bench), TaskState::Running);
+    bench.memory.acked.insert(node_id(1), at);
+    bench.settle();
+    assert_eq!(told(&bench), TaskState::Running, "one of two nodes knows");
+    // The other is silent: nobody waits for it.
+    bench.memory.silent.insert(node_id(2));
+    bench.settle();
+    assert_eq!(told(&bench), TaskState::Remove);
+}
+
+#[test]
+fn nobody_waits_longer_than_the_deadline() {
+    let mut bench = Bench::with_nodes(1);
+    let web = bench.create_service(1, service("web", 1, &[]));
+    bench.run();
+    bench.mute = true;
+    bench.memory.acked.clear();
+    bench.update_service(web, |spec| spec.mode = replicas(0)).unwrap();
+    let wake = bench.settle().unwrap();
+    bench.now_ms = wake - 1;
+    bench.run();
+    assert_eq!(bench.running(web), 1);
+    bench.now_ms = wake;
+    bench.run();
+    assert_eq!(bench.live(web).len(), 0);
+}
+
+#[test]
+fn tasks_of_a_removed_service_end_at_once() {
+    let mut bench = Bench::with_nodes(1);
+    bench.mute = true;
+    let web = bench.create_service(1, service("web", 1, &[]));
+    bench.run();
+    bench.update_service(web, |spec| spec.mode = replicas(0)).unwrap();
+    bench.settle();
+    assert!(matches!(bench.live(web)[0].stop, Stop::Draining { .. }));
+    bench.apply(Command::RemoveService { id: web }).unwrap();
+    assert_eq!(bench.live(web)[0].stop, Stop::Released);
+    let assigned = &assignments(&bench.store, node_id(1))[0];
+    assert_eq!((assigned.desired, assigned.drain), (TaskState::Remove, Duration::ZERO));
+}
+
+#[test]
+fn a_node_whose_daemon_alone_is_silent_keeps_its_tasks() {
+    let mut bench = Bench::with_nodes(2);
+    let web = bench.create_service(1, service("web", 2, &[]));
+    bench.run();
+    let before = bench.live(web).into_iter().cloned().collect::<Vec<_>>();
+    bench.node_status(2, NodeState::Down, false);
+    bench.run();
+    assert_eq!(bench.live(web), before.iter().collect::<Vec<_>>());
+    bench.node_status(2, NodeState::Down, true);
+    bench.settle();
+    assert_eq!(wanted(&bench, web).len(), 2);
+    assert!(wanted(&bench, web).iter().all(|task| task.node == Some(node_id(1))));
+    // A day later its tasks are given up, and what they held with them.
+    bench.now_ms += 24 * 3600 * 1000;
+    bench.run();
+    assert_eq!((bench.live(web).len(), bench.running(web)), (2, 2));
+    assert!(bench.store.tasks.values().any(|t| t.status.state == TaskState::Orphaned));
+}
+
+#[test]
+fn a_failing_update_pauses_and_says_so() {
+    let mut bench = Bench::with_nodes(2);
+    let web = bench.create_service(1, service("web", 3, &[]));
+    bench.run();
+    bench.update_service(web, |spec| spec.task.force_update += 1).unwrap();
+    assert_eq!(status(&bench, web), (UpdateState::Updating, "update in progress".into()));
+    let failed = fail_next(&mut bench, web);
+    bench.settle();
+    let message = format!("update paused due to failure or early termination of task {failed}");
+    assert_eq!(status(&bench, web), (UpdateState::Paused, message));
+    bench.run();
+    assert_eq!(bench.running(web), 2);
+    // A better one goes on.
+    bench.update_service(web, |spec| spec.task.force_update += 1).unwrap();
+    finish(&mut bench);
+    assert_eq!(status(&bench, web), (UpdateState::Completed, "update completed".into()));
+    assert_eq!(bench.running(web), 3);
+}
+
+#[test]
+fn a_failing_update_goes_back() {
+    for order in [UpdateOrder::StopFirst, UpdateOrder::StartFirst] {
+        let mut bench = Bench::with_nodes(2);
+        let mut spec = service("web", 3, &[]);
+        spec.update.order = order;
+        spec.update.on_failure = FailureAction::Rollback;
+        let web = bench.create_service(1, spec);
+        bench.run();
+        let untouched: Vec<_> = bench.live(web).iter().map(|task| task.id).collect();
+        bench.update_service(web, |spec| spec.task.command = vec!["bad".into()]).unwrap();
+        let failed = fail_next(&mut bench, web);
+        bench.settle();
+        let message =
+            format!("update rolled back due to failure or early termination of task {failed}");
+        // Start first took nothing away, so that there is nothing to bring back.
+        if order == UpdateOrder::StopFirst {
+            assert_eq!(status(&bench, web), (UpdateState::RollbackStarted, message));
+        }
+        finish(&mut bench);
+        let done = (UpdateState::RollbackCompleted, "rollback completed".into());
+        assert_eq!(status(&bench, web), done);
+        assert_eq!(bench.running(web), 3);
+        assert!(bench.live(web).iter().all(|task| task.spec.command == ["server"]));
+        let kept = bench.live(web).iter().filter(|task| untouched.contains(&task.id)).count();
+        // Those that the update never came to stay, and start first took none away.
+        assert_eq!(kept, if order == UpdateOrder::StartFirst { 3 } else { 2 });
+    }
+}
+
+#[test]
+fn batches_rest_between_each_other() {
+    let mut bench = Bench::with_nodes(2);
+    let mut spec = service("web", 4, &[]);
+    spec.update.parallelism = 2;
+    spec.update.delay = Duration::from_secs(20);
+    let web = bench.create_service(1, spec);
+    bench.run();
+    bench.update_service(web, |spec| spec.task.force_update += 1).unwrap();
+    bench.run();
+    let fresh = |bench: &Bench| {
+        let service = &bench.store.services[&web];
+        bench.live(web).iter().filter(|task| !service.outdates(task)).count()
+    };
+    assert_eq!((fresh(&bench), bench.running(web)), (2, 4));
+    bench.now_ms += 19_999;
+    bench.run();
+    assert_eq!(fresh(&bench), 2);
+    bench.now_ms += 1;
+    bench.run();
+    assert_eq!((fresh(&bench), bench.running(web)), (4, 4));
+}
+
+#[test]
+fn constraints_choose_nodes_and_are_enforced() {
+    let mut bench = Bench::with_nodes(3);
+    let mut spec = service("web", 1, &[]);
+    spec.task.constraints = vec!["node.labels.zone==a".parse().unwrap()];
+    let web = bench.create_service(1, spec);
+    bench.settle();
+    assert_eq!(
+        bench.live(web)[0].status.err,
+        "no suitable node (scheduling constraints not satisfied on 3 nodes)"
+    );
+    label(&mut bench, 2, "a");
+    bench.run();
+    assert_eq!(spread(&bench, web), BTreeMap::from([(node_id(2), 1)]));
+    label(&mut bench, 3, "a");
+    label(&mut bench, 2, "b");
+    bench.run();
+    assert_eq!(spread(&bench, web), BTreeMap::from([(node_id(3), 1)]));
+    let mut spec = service("every", 0, &[]);
+    spec.mode = ServiceMode::Global;
+    spec.task.constraints = vec!["node.role!=manager".parse().unwrap()];
+    let every = bench.create_service(2, spec);
+    bench.run();
+    assert_eq!(spread(&bench, every), BTreeMap::from([(node_id(2), 1), (node_id(3), 1)]));
+}
+
+fn label(bench: &mut Bench, number: u128, zone: &str) {
+    let id = node_id(number);
+    let node = bench.store.nodes[&id].clone();
+    let mut spec = node.spec;
+    spec.labels.insert("zone".into(), zone.into());
+    bench.apply(Command::UpdateNode { id, version: node.meta.version, spec }).unwrap();
+}
+
+fn status(bench: &Bench, id: ServiceId) -> (UpdateState, String) {
+    let update = bench.store.services[&id].update.clone().unwrap();
+    (update.state, update.message)
+}
+
+/// Goes on until the first task of the new spec is to start, which then fails.
+fn fail_next(bench: &mut Bench, id: ServiceId) -> TaskId {
+    for _ in 0..20 {
+        bench.settle();
+        let version = bench.store.services[&id].spec_version;
+        let live: Vec<Task> = bench.live(id).into_iter().cloned().collect();
+        for task in live {
+            let assigned = task.status.state >= TaskState::Assigned;
+            if task.spec_version == version && assigned && task.desired == TaskState::Running {
+                bench.report(task.id, TaskState::Failed);
+                return task.id;
+            }
+            if assigned && task.status.state < told(&task) {
+                bench.report(task.id, told(&task));
+            }
+        }
+    }
+    panic!("no new task");
+}
+
+/// Lets all the time pass that somebody waits for.
+fn finish(bench: &mut Bench) {
+    for _ in 0..100 {
+        bench.run();
+        let Some(wake) = bench.settle() else { return };
+        bench.now_ms = bench.now_ms.max(wake);
+    }
+    panic!("the cluster never rests");
 }

@@ -2,18 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mesh_types::{NodeId, ServiceId, TaskId, task::TaskState};
+use mesh_types::{NodeId, Revision, ServiceId, TaskId, spec::Constraint, task::TaskState};
 
-use super::Decision;
+use super::{Decision, LeaderMemory};
 use crate::{
     command::{Command, TaskChange},
-    model::{Availability, NodeState, Service, Task},
+    model::{Availability, Node, Service, Task},
     store::Store,
 };
 
 /// One transaction has no more changes: an entry of the log has a maximum, and one service with
 /// very many replicas must not keep all others from being looked after.
 pub(super) const CHANGES_MAX: usize = 2048;
+
+/// Nobody waits longer than this for nodes to apply a change.
+const ACK_WAIT_MS: u64 = 10_000;
 
 /// Where a service wants one task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,12 +66,43 @@ pub(super) struct Round<'a> {
     changes: Vec<TaskChange>,
     ending: BTreeSet<TaskId>,
     wake_at_ms: Option<u64>,
+    /// What every node that is waited for has applied; `None`: there is none to wait for.
+    acked: Option<u64>,
 }
 
 impl<'a> Round<'a> {
-    pub(super) fn new(store: &'a Store, now_ms: u64, fresh: &'a mut dyn FnMut() -> u128) -> Self {
+    pub(super) fn new(
+        store: &'a Store,
+        memory: &LeaderMemory,
+        now_ms: u64,
+        fresh: &'a mut dyn FnMut() -> u128,
+    ) -> Self {
         let (changes, ending) = (Vec::new(), BTreeSet::new());
-        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None }
+        let heard = |node: &&Node| !node.is_down() && !memory.silent.contains(&node.id);
+        let acked = store
+            .nodes
+            .values()
+            .filter(heard)
+            .map(|node| memory.acked.get(&node.id).map_or(0, |revision| revision.get()))
+            .min();
+        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None, acked }
+    }
+
+    /// Whether all nodes have applied a change, or had the time to. Looks again when they had it.
+    pub(super) fn known(&mut self, revision: Revision, since_ms: u64) -> bool {
+        let deadline = since_ms.saturating_add(ACK_WAIT_MS);
+        let known =
+            self.acked.is_none_or(|acked| acked >= revision.get()) || self.now_ms >= deadline;
+        if !known {
+            self.wake(deadline);
+        }
+        known
+    }
+
+    /// Whether a task runs and the nodes balance to it.
+    pub(super) fn serves(&mut self, task: &Task) -> bool {
+        task.status.state == TaskState::Running
+            && task.running.is_none_or(|(revision, since_ms)| self.known(revision, since_ms))
     }
 
     pub(super) fn push(&mut self, change: TaskChange) {
@@ -89,15 +123,17 @@ impl<'a> Round<'a> {
     }
 
     /// Makes a task in a place. It starts `delay_ms` from now, and not before what is still there
-    /// has ended (stop first).
+    /// has ended (stop first), apart from the one that it is to take over from (start first).
     pub(super) fn create(
         &mut self,
         service: &Service,
         place: Place,
         there: &[&Task],
         delay_ms: u64,
+        replaces: Option<TaskId>,
     ) {
-        let waits = delay_ms > 0 || there.iter().any(|task| self.blocks(task));
+        let blocks = |task: &&&Task| Some(task.id) != replaces && self.blocks(task);
+        let waits = delay_ms > 0 || there.iter().find(blocks).is_some();
         let (desired, start_at_ms) = if waits {
             (TaskState::Ready, Some(self.now_ms.saturating_add(delay_ms)))
         } else {
@@ -109,7 +145,7 @@ impl<'a> Round<'a> {
         };
         let id = TaskId::from_bits((self.fresh)());
         let service = service.id;
-        self.push(TaskChange::Create { id, service, slot, node, desired, start_at_ms });
+        self.push(TaskChange::Create { id, service, slot, node, desired, start_at_ms, replaces });
     }
 
     /// Whether a task's successor has to wait for it: it has not ended, and its node may tell.
@@ -121,19 +157,31 @@ impl<'a> Round<'a> {
 
     /// A node that runs nothing any more as far as anybody can tell.
     pub(super) fn lost(&self, node: NodeId) -> bool {
+        self.store.nodes.get(&node).is_none_or(|node| node.status.lost)
+    }
+
+    /// Whether a node must not keep its tasks with these constraints.
+    pub(super) fn evicts(&self, node: NodeId, constraints: &[Constraint]) -> bool {
         self.store.nodes.get(&node).is_none_or(|node| {
-            matches!(node.status.state, NodeState::Down | NodeState::Disconnected)
+            node.status.lost
+                || node.spec.availability == Availability::Drain
+                || !node.satisfies(constraints)
         })
     }
 
-    /// A node that must not keep its tasks.
-    pub(super) fn evicts(&self, node: NodeId) -> bool {
-        self.lost(node)
-            || self
-                .store
-                .nodes
-                .get(&node)
-                .is_some_and(|node| node.spec.availability == Availability::Drain)
+    /// Whether a task has to go elsewhere.
+    pub(super) fn leaves(&self, task: &Task) -> bool {
+        task.node.is_some_and(|node| self.evicts(node, &task.spec.constraints))
+    }
+
+    /// A task that serves nobody as far as anybody can tell, and will not soon: its node is lost,
+    /// or its daemon was before the task ran.
+    pub(super) fn stranded(&self, task: &Task) -> bool {
+        let placed = task.node.filter(|_| task.status.state >= TaskState::Assigned);
+        placed.is_some_and(|node| {
+            let down = self.store.nodes.get(&node).is_none_or(Node::is_down);
+            self.lost(node) || (down && task.status.state < TaskState::Running)
+        })
     }
 
     /// Looks again at this time at the latest.

@@ -23,6 +23,7 @@ pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
             message: "not heard of yet".into(),
             lost: false,
         },
+        lost_since_ms: None,
     }
 }
 
@@ -66,6 +67,7 @@ impl Store {
             let before = (node.status.clone(), node.description.clone());
             if let Some(status) = &report.status {
                 node.status = status.clone();
+                node.lost_since_ms = status.lost.then(|| node.lost_since_ms.unwrap_or(at.now_ms));
             }
             if let Some(description) = &report.description {
                 node.description = description.clone();

@@ -11,7 +11,7 @@ use mesh_types::{
 use super::{At, LEASED_PORTS, Store, names};
 use crate::{
     command::{Outcome, Rejection},
-    model::{Holder, Service},
+    model::{Holder, Service, UpdateState, UpdateStatus},
 };
 
 impl Store {
@@ -45,6 +45,7 @@ impl Store {
             ports,
             removing: false,
             update: None,
+            update_failures: Vec::new(),
         };
         self.services.insert(id, service);
         Ok(Outcome::Warnings(Vec::new()))
@@ -67,6 +68,14 @@ impl Store {
         if std::mem::discriminant(&old.spec.mode) != std::mem::discriminant(&spec.mode) {
             return Err(Rejection::Precondition("service mode change is not allowed".into()));
         }
+        self.replace_spec(at, id, spec)?;
+        Ok(Outcome::Warnings(Vec::new()))
+    }
+
+    /// Puts another spec in a service's place. Whatever tasks that outdates are replaced by its
+    /// update policy; an update that waits for the user goes on in any case.
+    fn replace_spec(&mut self, at: At, id: ServiceId, spec: &ServiceSpec) -> Result<(), Rejection> {
+        let old = self.services.get(&id).ok_or_else(|| not_found(id))?;
         self.check_spec(spec)?;
         let ports = self.choose_ports(id, spec, &old.ports)?;
         let vips = self.choose_vips(spec, &old.vips)?;
@@ -84,9 +93,67 @@ impl Store {
             if outdated {
                 service.spec_version = at.revision;
             }
+            let next = match service.update.as_ref().map(|update| update.state) {
+                Some(UpdateState::Paused) => Some(UpdateState::Updating),
+                Some(UpdateState::RollbackPaused) if !outdated => {
+                    Some(UpdateState::RollbackStarted)
+                }
+                _ => outdated.then_some(UpdateState::Updating),
+            };
+            if let Some(state) = next {
+                service.begin(at, state, "update in progress".into());
+            }
             at.touch(&mut service.meta);
         }
-        Ok(Outcome::Warnings(Vec::new()))
+        Ok(())
+    }
+
+    /// How the leader's loops say that an update goes on, see [`TaskChange::Update`]. A manual
+    /// rollback is the same with its own message.
+    pub(super) fn advance_update(
+        &mut self,
+        at: At,
+        id: ServiceId,
+        spec_version: Revision,
+        state: UpdateState,
+        message: &str,
+    ) {
+        let Some(service) = self.services.get_mut(&id) else { return };
+        if service.spec_version != spec_version || service.rolls().is_none() {
+            return;
+        }
+        if state != UpdateState::RollbackStarted {
+            service.conclude(at, state, message.to_owned());
+            return;
+        }
+        if let Err(refusal) = self.roll_back(at, id, message)
+            && let Some(service) = self.services.get_mut(&id)
+        {
+            let message = format!("update paused, could not be rolled back: {refusal}");
+            service.conclude(at, UpdateState::Paused, message);
+        }
+    }
+
+    /// Brings the spec before back, by its rollback policy. There is no way back from there.
+    pub(super) fn roll_back(
+        &mut self,
+        at: At,
+        id: ServiceId,
+        message: &str,
+    ) -> Result<(), Rejection> {
+        let service = self.services.get(&id).ok_or_else(|| not_found(id))?;
+        let previous = service.previous_spec.clone().ok_or_else(|| {
+            Rejection::Precondition(format!(
+                "service {} does not have a previous spec",
+                service.spec.name
+            ))
+        })?;
+        self.replace_spec(at, id, &previous)?;
+        if let Some(service) = self.services.get_mut(&id) {
+            service.previous_spec = None;
+            service.begin(at, UpdateState::RollbackStarted, message.to_owned());
+        }
+        Ok(())
     }
 
     /// As in Swarm the service is gone at once, and so are its VIPs and ports; its tasks stay, to
@@ -98,6 +165,8 @@ impl Store {
             self.tasks.values().filter(|task| task.service == id).map(|task| task.id).collect();
         for task in tasks {
             self.desire(at, task, TaskState::Remove);
+            // Nobody finds it by name any more; it need not drain.
+            self.release(at, task);
             self.forget(task);
         }
         Ok(Outcome::Done)
@@ -264,6 +333,24 @@ impl Store {
                 network.lease(*vip, Holder::Vip(id));
             }
         }
+    }
+}
+
+impl Service {
+    fn begin(&mut self, at: At, state: UpdateState, message: String) {
+        let started_ms = at.now_ms;
+        self.update = Some(UpdateStatus { state, started_ms, completed_ms: None, message });
+        self.update_failures.clear();
+    }
+
+    fn conclude(&mut self, at: At, state: UpdateState, message: String) {
+        let Some(update) = &mut self.update else { return };
+        update.state = state;
+        update.message = message;
+        if matches!(state, UpdateState::Completed | UpdateState::RollbackCompleted) {
+            update.completed_ms = Some(at.now_ms);
+        }
+        at.touch(&mut self.meta);
     }
 }
 

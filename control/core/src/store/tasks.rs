@@ -6,46 +6,49 @@ use mesh_types::{
 };
 
 use super::{At, Store};
-use crate::{command::TaskChange, model::Task};
+use crate::{
+    command::TaskChange,
+    model::{Stop, Task, UpdateFailure},
+};
 
 impl Store {
     pub(super) fn change_task(&mut self, at: At, change: &TaskChange) {
         match change {
-            TaskChange::Create { id, service, slot, node, desired, start_at_ms } => {
+            TaskChange::Create { id, service, slot, node, desired, start_at_ms, replaces } => {
                 let place = Place { slot: *slot, node: *node };
-                self.create_task(at, *id, *service, place, *desired, *start_at_ms);
+                let wish =
+                    Wish { desired: *desired, start_at_ms: *start_at_ms, replaces: *replaces };
+                self.create_task(at, *id, *service, place, wish);
             }
             TaskChange::Allocate { id } => self.allocate(at, *id),
             TaskChange::Assign { id, node } => self.assign(at, *id, *node),
             TaskChange::Explain { id, err } => self.explain(at, *id, err),
             TaskChange::Desire { id, state } => self.desire(at, *id, *state),
             TaskChange::Conclude { id, state, err } => self.conclude(at, *id, *state, err),
+            TaskChange::Release { id } => self.release(at, *id),
             TaskChange::Delete { id } => self.forget(*id),
+            TaskChange::Update { service, spec_version, state, message } => {
+                self.advance_update(at, *service, *spec_version, *state, message);
+            }
         }
     }
 
-    fn create_task(
-        &mut self,
-        at: At,
-        id: TaskId,
-        service: ServiceId,
-        place: Place,
-        desired: TaskState,
-        start_at_ms: Option<u64>,
-    ) {
+    fn create_task(&mut self, at: At, id: TaskId, service: ServiceId, place: Place, wish: Wish) {
         let Some(service) = self.services.get(&service) else { return };
         let unknown = place.node.is_some_and(|node| !self.nodes.contains_key(&node));
         let past = self.tasks.values().filter(|t| t.service == service.id && place.holds(t));
         let mut newest: Option<&Task> = None;
         let mut taken = false;
         for task in past {
-            taken |= task.desired <= TaskState::Running && !task.status.state.is_final();
+            taken |= task.desired <= TaskState::Running
+                && !task.status.state.is_final()
+                && wish.replaces != Some(task.id);
             if newest.is_none_or(|other| other.age() < task.age()) {
                 newest = Some(task);
             }
         }
-        // A place has one live task: a decision that was made twice over the same view does no
-        // harm.
+        // A place has one live task, beside the one that it takes over from: a decision that was
+        // made twice over the same view does no harm.
         if unknown || taken || self.tasks.contains_key(&id) {
             return;
         }
@@ -63,18 +66,21 @@ impl Store {
             networks: service.spec.networks.clone(),
             published: !service.ports.is_empty(),
             leases: Vec::new(),
-            desired,
+            desired: wish.desired,
             status: TaskStatus {
                 state: TaskState::New,
                 since_ms: at.now_ms,
                 message: "created".into(),
                 ..TaskStatus::default()
             },
-            start_at_ms,
+            start_at_ms: wish.start_at_ms,
             history: vec![(TaskState::New, at.now_ms)],
             made: at.revision,
             attempts,
             attempts_since_ms,
+            stop: Stop::No,
+            running: None,
+            replaces: wish.replaces,
         };
         self.tasks.insert(id, task);
         self.allocate(at, id);
@@ -120,16 +126,35 @@ impl Store {
         }
     }
 
-    /// A task that no node has yet has nothing to end: it is over at once.
+    /// A task that no node has yet has nothing to end: it is over at once. One that runs for a
+    /// service goes on until all nodes know that it takes no more connections.
     pub(super) fn desire(&mut self, at: At, id: TaskId, state: TaskState) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         if task.desired >= state {
             return;
         }
         task.desired = state;
+        if state > TaskState::Running && task.stop == Stop::No {
+            let served = task.status.state == TaskState::Running
+                && self.services.contains_key(&task.service)
+                && task.node.and_then(|id| self.nodes.get(&id)).is_some_and(|n| !n.status.lost);
+            task.stop = if served {
+                Stop::Draining { at: at.revision, since_ms: at.now_ms }
+            } else {
+                Stop::Released
+            };
+        }
         at.touch(&mut task.meta);
         if state > TaskState::Running && task.status.state < TaskState::Assigned {
             self.conclude(at, id, TaskState::Shutdown, "");
+        }
+    }
+
+    pub(super) fn release(&mut self, at: At, id: TaskId) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if let Stop::Draining { .. } = task.stop {
+            task.stop = Stop::Released;
+            at.touch(&mut task.meta);
         }
     }
 
@@ -173,11 +198,37 @@ impl Store {
                 task.history.push((status.state, status.since_ms));
             }
             let ended = status.state.is_final();
+            if status.state == TaskState::Running && task.running.is_none() {
+                task.running = Some((at.revision, at.now_ms));
+            }
             task.status = status;
             at.touch(&mut task.meta);
             if ended {
+                self.count_failure(at, *id);
                 self.release_leases(*id);
             }
+        }
+    }
+
+    /// A new task that ended by itself before its update's monitoring was over counts against the
+    /// update, once for each place.
+    fn count_failure(&mut self, at: At, id: TaskId) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let Some(service) = self.services.get_mut(&task.service) else { return };
+        let Some((_, policy)) = service.rolls() else { return };
+        let monitor_ms = u64::try_from(policy.monitor.as_millis()).unwrap_or(u64::MAX);
+        let early =
+            task.running.is_none_or(|(_, since)| at.now_ms.saturating_sub(since) <= monitor_ms);
+        let by_itself = matches!(
+            task.status.state,
+            TaskState::Complete | TaskState::Failed | TaskState::Rejected
+        );
+        let node = task.node.filter(|_| task.slot.is_none());
+        let known = service.update_failures.iter().any(|f| (f.slot, f.node) == (task.slot, node));
+        let wanted = task.desired <= TaskState::Running;
+        if early && by_itself && wanted && !known && task.spec_version == service.spec_version {
+            service.update_failures.push(UpdateFailure { task: id, slot: task.slot, node });
+            at.touch(&mut service.meta);
         }
     }
 
@@ -191,6 +242,14 @@ impl Store {
         task.history.push((state, at.now_ms));
         at.touch(&mut task.meta);
     }
+}
+
+/// What is asked of a new task.
+#[derive(Debug, Clone, Copy)]
+struct Wish {
+    desired: TaskState,
+    start_at_ms: Option<u64>,
+    replaces: Option<TaskId>,
 }
 
 /// Where a task belongs: a slot, or a node for global services.

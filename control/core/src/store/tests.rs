@@ -340,6 +340,7 @@ fn a_decision_made_twice_does_no_harm() {
         node: None,
         desired: TaskState::Running,
         start_at_ms: None,
+        replaces: None,
     };
     bench.apply(Command::ChangeTasks(vec![create(1), create(2)])).unwrap();
     bench.apply(Command::ChangeTasks(vec![create(3)])).unwrap();

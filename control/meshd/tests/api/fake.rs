@@ -94,6 +94,7 @@ impl State {
                     node: global.then_some(node),
                     desired: TaskState::Running,
                     start_at_ms: None,
+                    replaces: None,
                 });
             }
         }
