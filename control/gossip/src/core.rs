@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, VecDeque},
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
     fmt,
     net::SocketAddr,
     num::{NonZeroU8, NonZeroUsize},
@@ -15,9 +15,11 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use thiserror::Error;
 
 use crate::{
+    hint::{self, Hint, Hints},
     member::{Expected, Health, Member, MemberView},
     seal::{Keyring, MAX_DATAGRAM, OVERHEAD, OpenError, Sealer},
     suspicion::{Evidence, Suspicions, Verdict},
+    sync::{self, Digest, Full, Request, Response, SyncCall},
     wire::{DecodeError, Message, Packet, WireCodec},
 };
 
@@ -38,6 +40,7 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timings {
     /// Each member probes one other, in a shuffled round, once per period. More than twice `rtt`.
+    /// In clusters of more than 100 nodes the period grows with their number, up to a second.
     pub probe_period: Duration,
     /// How long a probe waits for a direct answer before others are asked to try. A high quantile
     /// of the network's round trip.
@@ -52,7 +55,7 @@ pub struct Timings {
     /// How often a known node that is not a member is greeted. Bounds how long a healed partition
     /// stays unnoticed.
     pub hello: Duration,
-    /// How often one member is asked for all that it knows.
+    /// How often each member compares all that it knows with another.
     pub sync: Duration,
 }
 
@@ -65,9 +68,20 @@ impl Timings {
         ask_every: Duration::from_millis(50),
         gossip: Duration::from_millis(100),
         hello: Duration::from_millis(500),
-        sync: Duration::from_secs(10),
+        sync: Duration::from_secs(30),
     };
+
+    /// How often a member of a cluster of `nodes` probes.
+    fn probe_period_of(&self, nodes: usize) -> Duration {
+        let grown = self.probe_period.mul_f64(nodes as f64 / SMALL as f64);
+        grown.clamp(self.probe_period, SLOWEST_PROBE.max(self.probe_period))
+    }
 }
+
+/// Clusters up to this size probe as quickly as they can.
+const SMALL: usize = 100;
+/// However large a cluster is, its members probe this often.
+const SLOWEST_PROBE: Duration = Duration::from_secs(1);
 
 /// What happened to another member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +94,8 @@ pub enum Event {
     Left(NodeNumber),
     /// Another life of it took the place of the one known (before `Up`, if it was down).
     Restarted(NodeNumber),
+    /// A node said something new of one of its endpoints.
+    Hint(Hint),
 }
 
 /// Why a datagram was dropped.
@@ -97,11 +113,18 @@ pub enum Reject {
     /// The sender has this node's own number.
     #[error("the sender claims to be this node")]
     OwnNumber,
+    /// It came on a stream of another node than it says.
+    #[error("node {0} sent it, in the name of another")]
+    Name(NodeId),
     /// foca refused it.
     #[error("refused: {0}")]
     Refused(String),
 }
 
+/// Of all members, about this many compare notes with one that just came up.
+const WELCOMES: f64 = 3.0;
+/// Within what time; and how long a member that came up lets others settle what it knows.
+const WELCOME: Duration = Duration::from_millis(200);
 /// How many nodes are greeted at once.
 const HELLO_FANOUT: usize = 3;
 
@@ -128,8 +151,13 @@ pub struct Gossip {
     /// Addresses to greet until there is a member.
     seeds: Vec<SocketAddr>,
     next_hello: Duration,
+    hints: Hints,
+    next_sync: Duration,
+    /// With whom, if it is there: one that just came up.
+    sync_with: Option<NodeNumber>,
     left: bool,
     transmits: VecDeque<(SocketAddr, Vec<u8>)>,
+    syncs: VecDeque<SyncCall>,
     events: VecDeque<Event>,
 }
 
@@ -216,8 +244,12 @@ impl Gossip {
             expected: None,
             seeds: Vec::new(),
             next_hello: now,
+            hints: Hints::default(),
+            next_sync: now + timings.sync,
+            sync_with: None,
             left: false,
             transmits: VecDeque::new(),
+            syncs: VecDeque::new(),
             events: VecDeque::new(),
         }
     }
@@ -244,6 +276,17 @@ impl Gossip {
         self.transmits.pop_front()
     }
 
+    /// The next call to make, to compare notes: to the peer alone, over a stream that proves who
+    /// answers. A call that fails needs no more care: the next one comes, with another peer.
+    pub fn poll_sync(&mut self) -> Option<SyncCall> {
+        self.syncs.pop_front()
+    }
+
+    /// All hints known, this node's own among them.
+    pub fn hints(&self) -> impl ExactSizeIterator<Item = Hint> {
+        self.hints.iter()
+    }
+
     /// The next event.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
@@ -256,7 +299,9 @@ impl Gossip {
             return None;
         }
         let swim = self.timers.peek().map(|Reverse(scheduled)| scheduled.at);
-        [swim, self.suspicions.next_timer(), Some(self.next_hello)].into_iter().flatten().min()
+        let fixed = [Some(self.next_hello), Some(self.next_sync)];
+        let open = [swim, self.suspicions.next_timer(), self.hints.next_timer()];
+        open.into_iter().chain(fixed).flatten().min()
     }
 
     /// Greets a node of which only the address is known, until there is a member.
@@ -274,6 +319,8 @@ impl Gossip {
         // Only the number of transmissions changes, which foca allows at any time.
         let _ = self.swim.set_config(config);
         self.expected = Some(expected);
+        let expected = &self.expected;
+        self.hints.retain(|owner| expected.as_ref().is_none_or(|e| e.contains_key(&owner)));
         let gone: Vec<_> = self
             .swim
             .iter_members()
@@ -286,6 +333,12 @@ impl Gossip {
             self.drain(now, Some(Event::Left));
         }
         self.next_hello = now;
+    }
+
+    /// Says something new of an endpoint, to be told to all. Nothing happens if it is not news.
+    pub fn hint(&mut self, now: Duration, hint: Hint) {
+        let times = self.hint_times();
+        self.hints.learn(now, hint, times);
     }
 
     /// Changes the keys.
@@ -335,7 +388,63 @@ impl Gossip {
                 self.drain(now, Some(Event::Left));
                 Ok(())
             }
+            Message::Hints { from, hints } => {
+                self.accept(now, &from)?;
+                self.learn(now, hints);
+                Ok(())
+            }
         }
+    }
+
+    /// Answers another member's call to compare notes. `from`: whom the stream proves it to be.
+    ///
+    /// # Errors
+    /// [`Reject`] says why there is no answer.
+    pub fn handle_sync(
+        &mut self,
+        now: Duration,
+        from: NodeId,
+        request: &[u8],
+    ) -> Result<Vec<u8>, Reject> {
+        let request = Request::decode(request)?;
+        if request.from.id != from {
+            return Err(Reject::Name(from));
+        }
+        self.accept(now, &request.from)?;
+        // As when it had said hello.
+        self.apply(foca::Member::alive(request.from))?;
+        self.drain(now, None);
+        let told = request.full.is_some();
+        if let Some(full) = request.full {
+            self.take_in(now, full)?;
+        }
+        let digest = self.digest();
+        let full = (!told && digest != request.digest).then(|| self.full());
+        Ok(Response { digest, full }.encode())
+    }
+
+    /// Takes in the answer to a call.
+    ///
+    /// # Errors
+    /// [`Reject`] says why it was dropped.
+    pub fn handle_sync_response(
+        &mut self,
+        now: Duration,
+        peer: &Member,
+        response: &[u8],
+    ) -> Result<(), Reject> {
+        if self.left {
+            return Ok(());
+        }
+        let response = Response::decode(response)?;
+        self.accept(now, peer)?;
+        let Some(full) = response.full else { return Ok(()) };
+        self.take_in(now, full)?;
+        if self.digest() != response.digest {
+            let request = self.request(Some(self.full()));
+            self.syncs.push_back(SyncCall { peer: *peer, request });
+        }
+        Ok(())
     }
 
     /// Does what is due at `now`.
@@ -361,6 +470,91 @@ impl Gossip {
             let jitter = self.rng.random_range(0.8..1.2);
             self.next_hello = now + self.timings.hello.mul_f64(jitter);
         }
+        if now >= self.next_sync {
+            self.compare();
+            let jitter = self.rng.random_range(0.8..1.2);
+            self.next_sync = now + self.timings.sync.mul_f64(jitter);
+        }
+        for hints in self.hints.tell(now, self.timings.gossip) {
+            let from = *self.swim.identity();
+            let message = Message::Hints { from, hints }.encode();
+            let to = self.swim.iter_members().map(|member| member.id().address);
+            for address in to.sample(&mut self.rng, hint::FANOUT) {
+                self.send(address, &message);
+            }
+        }
+    }
+
+    /// How often this node tells of a hint: as for SWIM, what is lost is small against the rest.
+    fn hint_times(&self) -> u8 {
+        let size = self.swim.num_members().max(1).ilog10();
+        u8::try_from(4 + size).unwrap_or(u8::MAX)
+    }
+
+    fn learn(&mut self, now: Duration, hints: Vec<Hint>) {
+        let times = self.hint_times();
+        for hint in hints {
+            let known = self.expected.as_ref().is_none_or(|e| e.contains_key(&hint.owner));
+            if known && self.hints.learn(now, hint, times) {
+                self.events.push_back(Event::Hint(hint));
+            }
+        }
+    }
+
+    /// Calls a member to compare notes.
+    fn compare(&mut self) {
+        let wanted = self.sync_with.take();
+        let active = || self.swim.iter_members().map(|member| *member.id());
+        let peer = active().find(|member| Some(member.number) == wanted);
+        let Some(peer) = peer.or_else(|| active().choose(&mut self.rng)) else { return };
+        let request = self.request(None);
+        self.syncs.push_back(SyncCall { peer, request });
+    }
+
+    fn request(&self, full: Option<Full>) -> Vec<u8> {
+        Request { from: *self.swim.identity(), digest: self.digest(), full }.encode()
+    }
+
+    fn digest(&self) -> Digest {
+        let own = std::iter::once(*self.swim.identity());
+        let active: BTreeSet<_> =
+            self.swim.iter_members().map(|member| *member.id()).chain(own).collect();
+        sync::digest(&active, self.hints.iter())
+    }
+
+    fn full(&self) -> Full {
+        let own = foca::Member::alive(*self.swim.identity());
+        let members = self.swim.iter_membership_state().cloned().chain([own]).collect();
+        Full { members, hints: self.hints.iter().collect() }
+    }
+
+    /// Takes in all that another knows.
+    fn take_in(&mut self, now: Duration, full: Full) -> Result<(), Reject> {
+        let own = *self.swim.identity();
+        let known: BTreeMap<NodeNumber, Member> =
+            self.swim.iter_members().map(|member| (member.id().number, *member.id())).collect();
+        let news = full.members.into_iter().filter_map(|update| {
+            let member = *update.id();
+            if member == own {
+                return Some(update);
+            }
+            if member.number == own.number || !self.is_expected(member.number, member.id) {
+                return None;
+            }
+            if update.state() != State::Down {
+                return Some(update);
+            }
+            // The other may have been cut off, and think so of all. Whom it believes dead is asked,
+            // by this node, whether it lives.
+            let suspect = foca::Member::new(member, update.incarnation(), State::Suspect);
+            (known.get(&member.number) == Some(&member)).then_some(suspect)
+        });
+        let news: Vec<_> = news.collect();
+        // It is no news for the gossip: what one pair was late to learn, most others know.
+        let outcome = self.swim.apply_many(news.into_iter(), false, &mut self.effects);
+        self.drain(now, None);
+        self.learn(now, full.hints);
+        outcome.map_err(|error| Reject::Refused(error.to_string()))
     }
 
     fn handle_swim(&mut self, now: Duration, mut packet: Packet) -> Result<(), Reject> {
@@ -439,7 +633,8 @@ impl Gossip {
     /// Greets some of the nodes that should be members and are not.
     fn greet(&mut self) {
         let own = *self.swim.identity();
-        let active: Vec<_> = self.swim.iter_members().map(|member| member.id().number).collect();
+        let active: BTreeSet<_> =
+            self.swim.iter_members().map(|member| member.id().number).collect();
         let mut missing: Vec<SocketAddr> = self
             .expected
             .iter()
@@ -462,6 +657,16 @@ impl Gossip {
         }
     }
 
+    /// Compares notes with one that came up: it may know of what was before, or need to.
+    fn welcome(&mut self, now: Duration, who: NodeNumber) {
+        let chance = WELCOMES / self.swim.num_members().max(1) as f64;
+        if self.rng.random_bool(chance.min(1.0)) {
+            self.sync_with = Some(who);
+            let soon = now + WELCOME.mul_f64(self.rng.random_range(0.5..1.0));
+            self.next_sync = self.next_sync.min(soon);
+        }
+    }
+
     /// Carries out what foca asked for. `gone` names the event of members that go down in it, if
     /// that is not a death.
     fn drain(&mut self, now: Duration, gone: Option<fn(NodeNumber) -> Event>) {
@@ -470,6 +675,7 @@ impl Gossip {
             match notification {
                 OwnedNotification::MemberUp(member) => {
                     self.events.push_back(Event::Up(member.number));
+                    self.welcome(now, member.number);
                 }
                 OwnedNotification::MemberDown(member) => {
                     self.heard.remove(&member.number);
@@ -492,6 +698,13 @@ impl Gossip {
             if matches!(timer, Timer::ChangeSuspectToDown { .. }) {
                 self.suspicions.open(now, timer);
             } else {
+                // foca's own period is fixed from the start; the cluster's size is not.
+                let after = match timer {
+                    Timer::ProbeRandomMember(_) => {
+                        self.timings.probe_period_of(self.swim.num_members() + 1)
+                    }
+                    _ => after,
+                };
                 self.scheduled += 1;
                 let scheduled = Scheduled { at: now + after, timer, order: self.scheduled };
                 self.timers.push(Reverse(scheduled));

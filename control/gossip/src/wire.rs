@@ -1,6 +1,6 @@
 //! The inner format of a datagram, once it is opened.
 //!
-//! The first byte says what follows: a packet of foca, or one of the three messages that mesh adds
+//! The first byte says what follows: a packet of foca, or one of the messages that mesh adds
 //! ([`Message`]). Integers are big endian; a member is its number (8 bytes), id (16), bump (8),
 //! address family (4 or 6), IP address (4 or 16 bytes) and port (2).
 
@@ -8,15 +8,19 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use bytes::{Buf, BufMut, TryGetError};
 use foca::{Codec, Header, Incarnation, Message as Swim, State};
-use mesh_types::{NodeId, NodeNumber};
+use mesh_types::{EndpointId, NodeId, NodeNumber};
 use thiserror::Error;
 
-use crate::member::Member;
+use crate::{
+    hint::{Hint, HintState},
+    member::Member,
+};
 
 const SWIM: u8 = 0;
 const HELLO: u8 = 1;
 const ASK: u8 = 2;
 const LEAVING: u8 = 3;
+const HINTS: u8 = 4;
 
 /// A payload's meaning.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,13 @@ pub enum Message {
     },
     /// "I go, on purpose."
     Leaving(Member),
+    /// News of endpoints, passed on: not only the sender's own.
+    Hints {
+        /// Who passes them on.
+        from: Member,
+        /// Fewer than 256.
+        hints: Vec<Hint>,
+    },
 }
 
 /// A packet of foca, taken apart.
@@ -66,7 +77,7 @@ pub enum DecodeError {
         /// The byte.
         value: u8,
     },
-    /// A node number outside its range.
+    /// A number or id outside its range.
     #[error("{0}")]
     Number(#[from] mesh_types::IdParseError),
     /// No room to write.
@@ -104,6 +115,13 @@ impl Message {
                 out.push(LEAVING);
                 put_member(member, &mut out);
             }
+            Self::Hints { from, hints } => {
+                out.push(HINTS);
+                put_member(from, &mut out);
+                let count = u8::try_from(hints.len()).unwrap_or(u8::MAX);
+                out.push(count);
+                hints.iter().take(usize::from(count)).for_each(|hint| put_hint(hint, &mut out));
+            }
         }
         out
     }
@@ -123,6 +141,12 @@ impl Message {
                 incarnation: buf.try_get_u16()?,
             },
             LEAVING => Self::Leaving(get_member(&mut buf)?),
+            HINTS => {
+                let from = get_member(&mut buf)?;
+                let count = buf.try_get_u8()?;
+                let hints = (0..count).map(|_| get_hint(&mut buf)).collect::<Result<_, _>>()?;
+                Self::Hints { from, hints }
+            }
             value => return Err(DecodeError::Unknown { what: "message kind", value }),
         };
         if buf.is_empty() { Ok(message) } else { Err(DecodeError::Long(buf.len())) }
@@ -175,7 +199,7 @@ fn carries_updates(message: &Swim<Member>) -> bool {
     !matches!(message, Swim::Announce | Swim::TurnUndead | Swim::Broadcast)
 }
 
-fn put_member(member: &Member, out: &mut Vec<u8>) {
+pub(crate) fn put_member(member: &Member, out: &mut Vec<u8>) {
     out.put_u64(member.number.get());
     out.put_u128(member.id.bits());
     out.put_u64(member.bump);
@@ -192,7 +216,7 @@ fn put_member(member: &Member, out: &mut Vec<u8>) {
     out.put_u16(member.address.port());
 }
 
-fn get_member(buf: &mut impl Buf) -> Result<Member, DecodeError> {
+pub(crate) fn get_member(buf: &mut impl Buf) -> Result<Member, DecodeError> {
     let number = NodeNumber::new(buf.try_get_u64()?)?;
     let id = NodeId::from_bits(buf.try_get_u128()?);
     let bump = buf.try_get_u64()?;
@@ -205,7 +229,7 @@ fn get_member(buf: &mut impl Buf) -> Result<Member, DecodeError> {
     Ok(Member { number, id, address: SocketAddr::new(ip, port), bump })
 }
 
-fn put_update(update: &foca::Member<Member>, out: &mut Vec<u8>) {
+pub(crate) fn put_update(update: &foca::Member<Member>, out: &mut Vec<u8>) {
     put_member(update.id(), out);
     out.put_u16(update.incarnation());
     out.put_u8(match update.state() {
@@ -215,7 +239,7 @@ fn put_update(update: &foca::Member<Member>, out: &mut Vec<u8>) {
     });
 }
 
-fn get_update(buf: &mut impl Buf) -> Result<foca::Member<Member>, DecodeError> {
+pub(crate) fn get_update(buf: &mut impl Buf) -> Result<foca::Member<Member>, DecodeError> {
     let member = get_member(buf)?;
     let incarnation = buf.try_get_u16()?;
     let state = match buf.try_get_u8()? {
@@ -225,6 +249,30 @@ fn get_update(buf: &mut impl Buf) -> Result<foca::Member<Member>, DecodeError> {
         value => return Err(DecodeError::Unknown { what: "member state", value }),
     };
     Ok(foca::Member::new(member, incarnation, state))
+}
+
+pub(crate) fn put_hint(hint: &Hint, out: &mut Vec<u8>) {
+    out.put_u64(hint.endpoint.get());
+    out.put_u64(hint.owner.get());
+    out.put_u64(hint.generation);
+    out.put_u8(match hint.state {
+        HintState::Ready => 0,
+        HintState::Draining => 1,
+        HintState::Dead => 2,
+    });
+}
+
+pub(crate) fn get_hint(buf: &mut impl Buf) -> Result<Hint, DecodeError> {
+    let endpoint = EndpointId::new(buf.try_get_u64()?)?;
+    let owner = NodeNumber::new(buf.try_get_u64()?)?;
+    let generation = buf.try_get_u64()?;
+    let state = match buf.try_get_u8()? {
+        0 => HintState::Ready,
+        1 => HintState::Draining,
+        2 => HintState::Dead,
+        value => return Err(DecodeError::Unknown { what: "hint state", value }),
+    };
+    Ok(Hint { endpoint, owner, generation, state })
 }
 
 fn put_header(header: &Header<Member>, out: &mut Vec<u8>) {
@@ -325,12 +373,23 @@ impl Codec<Member> for WireCodec {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    fn member() -> impl Strategy<Value = Member> {
+    pub(crate) fn hint() -> impl Strategy<Value = Hint> {
+        (1..=EndpointId::MAX.get(), 1..=NodeNumber::MAX.get(), any::<u64>(), 0..3usize).prop_map(
+            |(endpoint, owner, generation, state)| Hint {
+                endpoint: EndpointId::new(endpoint).unwrap(),
+                owner: NodeNumber::new(owner).unwrap(),
+                generation,
+                state: [HintState::Ready, HintState::Draining, HintState::Dead][state],
+            },
+        )
+    }
+
+    pub(crate) fn member() -> impl Strategy<Value = Member> {
         (1..=NodeNumber::MAX.get(), any::<u128>(), any::<SocketAddr>(), any::<u64>()).prop_map(
             |(number, id, address, bump)| Member {
                 number: NodeNumber::new(number).unwrap(),
@@ -377,6 +436,8 @@ mod tests {
                 Message::Ask { from, suspect, incarnation }
             }),
             member().prop_map(Message::Leaving),
+            (member(), prop::collection::vec(hint(), 0..32))
+                .prop_map(|(from, hints)| Message::Hints { from, hints }),
         ]
     }
 
