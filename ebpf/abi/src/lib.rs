@@ -368,6 +368,8 @@ counters! {
     FlowTableFull = 10, "flow_table_full";
     /// ICMP errors translated and passed on.
     IcmpRelayed = 11, "icmp_relayed";
+    /// Probes of other nodes answered in place.
+    ProbeReflected = 12, "probe_reflected";
     /// Not understood: too short, bad header.
     DropMalformed = 32, "malformed";
     /// Source MAC is not the endpoint's.
@@ -410,6 +412,8 @@ counters! {
     DropIpv6 = 51, "ipv6";
     /// An ARP request for an address that nobody has here, or an ARP reply that nobody asked for.
     DropArp = 52, "arp";
+    /// A probe that is none of ours: bad format, or for or from another node than it says.
+    DropProbe = 53, "probe";
 }
 
 impl Counter {

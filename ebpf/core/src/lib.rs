@@ -31,5 +31,6 @@ pub mod guard;
 pub mod hash;
 pub mod icmp;
 pub mod mac;
+pub mod probe;
 pub mod tunnel;
 pub mod wire;

@@ -182,6 +182,17 @@ headers! {
         /// The network, in the upper 24 bits.
         vni_be: u32,
     }
+    /// What begins a probe of the data path: see [`crate::probe`].
+    ProbeHeader, 8 {
+        /// `mshP`.
+        magic: [u16; 2],
+        /// 1.
+        version: u8,
+        /// Request or reply.
+        kind: u8,
+        /// Sent as zero.
+        reserved: u16,
+    }
     /// ARP for IPv4 over Ethernet (RFC 826).
     ArpPacket, 28 {
         /// Hardware: 1.
@@ -301,7 +312,7 @@ mod tests {
                 )*};
             }
             check!(EthHeader, Ipv4Header, Ipv6Header, Ports, UdpHeader, TcpHeader, IcmpHeader,
-                VxlanHeader, ArpPacket);
+                VxlanHeader, ProbeHeader, ArpPacket);
         }
 
         #[test]

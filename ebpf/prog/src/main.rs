@@ -11,6 +11,7 @@ mod from_task;
 mod maps;
 mod mesh;
 mod packet;
+mod probe;
 mod quote;
 mod task_lo;
 mod translate;

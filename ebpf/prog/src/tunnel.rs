@@ -5,7 +5,7 @@ use mesh_ebpf_abi::{CONFIG_VIA_DEVICE, Config, Counter, Endpoint};
 use mesh_ebpf_core::{
     addr, guard, icmp,
     mac::{self, Mac},
-    tunnel,
+    probe, tunnel,
     wire::{EthHeader, Ipv4Header, PROTOCOL_ICMP, PROTOCOL_UDP},
 };
 
@@ -49,11 +49,17 @@ pub fn from_uplink(ctx: &TcContext, way: &mut Way) -> Verdict {
         && !outer.ip.has_options()
         && !outer.ip.is_fragment()
         && guard::is_vtep(config, outer.ip.dst);
-    if ours && config.flags & CONFIG_VIA_DEVICE == 0 {
-        let vxlan = read(ctx, L3 + size_of::<Outer>()).ok_or(Counter::DropMalformed)?;
-        let vni = tunnel::vni(&vxlan).ok_or(Counter::DropTunnelVni)?;
+    if ours {
         pull(ctx, parse_len(L3 + ENCAP));
+        let vxlan = read(ctx, L3 + size_of::<Outer>()).ok_or(Counter::DropMalformed)?;
         let eth: EthHeader = read(ctx, ENCAP).ok_or(Counter::DropMalformed)?;
+        if eth.ethertype_be == probe::ETHERTYPE.to_be() {
+            return crate::probe::reflect(ctx, config);
+        }
+        if config.flags & CONFIG_VIA_DEVICE != 0 {
+            return Ok(PASS);
+        }
+        let vni = tunnel::vni(&vxlan).ok_or(Counter::DropTunnelVni)?;
         let frame = Frame { eth, vni, vtep: outer.ip.src, tos: outer.ip.tos };
         return receive::<true>(ctx, config, &frame);
     }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_dataplane::probe;
 use mesh_ebpf_abi::Counter;
 use mesh_types::record::EndpointState;
 
@@ -14,6 +15,7 @@ use crate::{
     cluster::{CLIENT, Cluster, INGRESS_VNI, Mode, OVERLAY_VNI, ROUTER, VIP, vtep},
     host::{eventually, in_vm, inside, ip, patience, ping},
     net::{Answer, Connection, Forged, Server, ask_tcp, ask_udp, exchange_udp, hears, udp},
+    node::node,
 };
 
 const DIRECT: Mode = Mode { via_device: false, clsact: false };
@@ -79,6 +81,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("errors come back", errors),
     ("path MTU", path_mtu),
     ("strangers", strangers),
+    ("probes", probes),
     ("spoofing", spoofing),
     ("draining", draining),
     ("unplugged", unplugged),
@@ -278,6 +281,53 @@ fn strangers(cluster: &mut Cluster) {
     let heard = hears(&target, patience());
     assert_eq!(heard.as_deref(), Some(&b"genuine"[..]));
     assert_eq!(hears(&target, Duration::from_millis(50)), None);
+}
+
+/// A node's programs answer the probes of others, and nothing that is none.
+fn probes(cluster: &mut Cluster) {
+    let socket = |netns: &str, from: Ipv4Addr, to: u64| {
+        inside(&cluster.netns(netns), || {
+            let socket = UdpSocket::bind((from, 0)).unwrap();
+            socket.connect((vtep(to), 4789)).unwrap();
+            socket
+        })
+    };
+    for (own, peer) in [(1, 2), (2, 3), (3, 1)] {
+        let before = cluster.counted(peer, Counter::ProbeReflected);
+        let asks = socket(&format!("n{own}"), vtep(own), peer);
+        for nonce in [1, u64::MAX] {
+            asks.send(&probe::encode_request(node(own), node(peer), nonce)).unwrap();
+            let answer = hears(&asks, patience()).expect("an answer");
+            assert_eq!(probe::decode_reply(&answer), Some((node(peer), nonce)));
+        }
+        assert_eq!(cluster.counted(peer, Counter::ProbeReflected), before + 2);
+    }
+    let good = probe::encode_request(node(3), node(1), 7);
+    let mut reply = good;
+    reply[27] = 2;
+    let spoilt = |at: usize| {
+        let mut bytes = good;
+        bytes[at] ^= 1;
+        bytes.to_vec()
+    };
+    let cases = [
+        ("n3", vtep(3), reply.to_vec(), Counter::DropProbe),
+        ("n3", vtep(3), spoilt(6), Counter::DropProbe),
+        ("n3", vtep(3), spoilt(13), Counter::DropProbe),
+        ("n3", vtep(3), spoilt(22), Counter::DropProbe),
+        ("n3", vtep(3), [&good[..], b"longer"].concat(), Counter::DropProbe),
+        ("n3", vtep(3), good[..24].to_vec(), Counter::DropProbe),
+        ("n2", vtep(2), good.to_vec(), Counter::DropProbe),
+        ("router", ROUTER, good.to_vec(), Counter::DropTunnelSource),
+    ];
+    let answered = cluster.counted(1, Counter::ProbeReflected);
+    for (netns, from, bytes, counter) in cases {
+        let before = cluster.counted(1, counter);
+        socket(netns, from, 1).send(&bytes).unwrap();
+        let what = format!("{bytes:02x?} of {netns} counts as {}", counter.name());
+        eventually(&what, || cluster.counted(1, counter) == before + 1);
+    }
+    assert_eq!(cluster.counted(1, Counter::ProbeReflected), answered);
 }
 
 /// A task speaks for itself alone.
