@@ -6,7 +6,7 @@ use std::{
 };
 
 use mesh_types::{
-    NodeId, NodeNumber, Revision, TaskId,
+    NodeId, NodeNumber, Protocol, Revision, TaskId,
     record::{
         Delta, EndpointRecord, EndpointState, NetworkRecord, NodeRecord, Record, RecordKey, Scope,
         ServiceRecord,
@@ -374,8 +374,15 @@ pub fn assignments(store: &Store, node: NodeId) -> Vec<TaskAssignment> {
                 Stop::No | Stop::Released => task.desired,
             },
             drain: if store.services.contains_key(&task.service) { DRAIN } else { Duration::ZERO },
+            ports: targets(store, task),
         })
         .collect()
+}
+
+/// The published ports of a task's service, as the task listens on them.
+fn targets(store: &Store, task: &Task) -> Vec<(Protocol, u16)> {
+    let ports = store.services.get(&task.service).map(|service| service.ports.as_slice());
+    ports.unwrap_or_default().iter().map(|port| (port.protocol, port.target)).collect()
 }
 
 #[cfg(test)]

@@ -52,6 +52,7 @@ const TESTS: &[Test] = &tests![
     orphans_are_reaped_and_killed,
     the_shim_outlives_the_daemon,
     a_killed_shim_takes_its_task_along,
+    a_silent_shim_is_not_lost,
     exec_joins_the_task,
     exec_signals_and_hangup,
     exec_errors,
@@ -258,6 +259,7 @@ fn assignment(bits: u128, argv: &[&str]) -> TaskAssignment {
         leases: Vec::new(),
         desired: TaskState::Running,
         drain: std::time::Duration::ZERO,
+        ports: Vec::new(),
     }
 }
 
@@ -524,6 +526,27 @@ async fn a_killed_shim_takes_its_task_along() {
     assert!(matches!(lost, Err(ExecutorError::Lost(_))), "{lost:?}");
     let list = fixture.executor.list().await.unwrap();
     assert_eq!(list, [(fixture.id(), FoundState::Lost)]);
+    fixture.end().await;
+}
+
+async fn a_silent_shim_is_not_lost() {
+    use nix::sys::signal::{Signal, kill};
+    let fixture = Fixture::sh("sleep 1000");
+    let netns = fixture.prepare().await;
+    let shim = fixture.dir.join("tasks").join(fixture.id().to_string()).join("shim.pid");
+    let shim = nix::unistd::Pid::from_raw(fs::read_to_string(shim).unwrap().parse().unwrap());
+    let found = |list: Vec<(TaskId, FoundState)>| list.into_iter().next().unwrap().1;
+    // As on a machine that has no time for it.
+    kill(shim, Signal::SIGSTOP).unwrap();
+    let state = found(fixture.executor.list().await.unwrap());
+    assert_eq!(state, FoundState::Created { netns: netns.clone() });
+    kill(shim, Signal::SIGCONT).unwrap();
+    let pid = fixture.start().await;
+    kill(shim, Signal::SIGSTOP).unwrap();
+    assert_eq!(found(fixture.executor.list().await.unwrap()), FoundState::Running { netns, pid });
+    kill(shim, Signal::SIGKILL).unwrap();
+    until("the task's end", || !alive(pid)).await;
+    assert_eq!(found(fixture.executor.list().await.unwrap()), FoundState::Lost);
     fixture.end().await;
 }
 

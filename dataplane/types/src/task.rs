@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     ids::{EndpointId, NetworkId, NodeId, ServiceId, TaskId, Vni},
     mac::Mac,
-    net::Mtu,
+    net::{Mtu, Protocol},
     record::Address,
     spec::TaskSpec,
 };
@@ -158,7 +158,12 @@ pub struct TaskAssignment {
     /// at `Running` here until the nodes that balance to it have applied its draining.
     pub desired: TaskState,
     /// How long its open connections may take to end before it is told to stop.
+    #[serde(default)]
     pub drain: Duration,
+    /// The ports that its service publishes, as the task listens on them: it counts as running once
+    /// it does.
+    #[serde(default)]
+    pub ports: Vec<(Protocol, u16)>,
 }
 
 /// All that the data plane needs to plug one interface into a network namespace.

@@ -13,14 +13,27 @@ use std::{
 
 use mesh_executor::{Exit, FoundState, SIGTERM, parse_signal};
 use mesh_types::{
-    TaskId,
-    task::{TaskAssignment, TaskState, TaskStatus},
+    Protocol, TaskId,
+    task::{InterfaceKind, TaskAssignment, TaskState, TaskStatus},
 };
+
+use super::sockets::Sockets;
 
 /// Between SIGTERM and SIGKILL unless the service says otherwise (as in Swarm).
 const GRACE: Duration = Duration::from_secs(10);
 /// A step that must succeed in the end is tried again after at most this long.
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// A task whose published ports do not open for this long counts as running all the same: its
+/// server may be slow, or none of ours to judge.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// The same for one that publishes none: then nobody says whether it is a server at all.
+const OPEN_LIMIT_UNKNOWN: Duration = Duration::from_millis(500);
+/// Between two looks at the sockets of a task that starts.
+const LOOK_OPENING: Duration = Duration::from_millis(25);
+/// Between two looks at the sockets of a task that is to end.
+const LOOK_DRAINING: Duration = Duration::from_millis(100);
+/// So many looks in a row must find no connection: packets may be on their way at the first.
+const LOOKS_QUIET: u32 = 2;
 
 /// One step for one task.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +54,8 @@ pub(super) enum Step {
     Start,
     /// Tell its end by [`Outcome::Ended`] or [`Outcome::Lost`]; not a step in the sequence.
     Watch,
+    /// Look at the sockets of its network namespace.
+    Look(PathBuf),
     Stop {
         signal: i32,
         grace: Duration,
@@ -55,6 +70,8 @@ pub(super) enum Step {
 pub(super) enum Outcome {
     Prepared(PathBuf),
     Started(u32),
+    /// Of a look, with how long it took from when it was asked for.
+    Looked(Sockets, Duration),
     /// Of a step without a result: attach, stop, detach, remove.
     Done,
     /// Of any step, with the reason for the user.
@@ -95,9 +112,20 @@ enum Busy {
     Prepare,
     Attach,
     Start,
+    Look,
     Stop,
     Detach,
     Remove,
+}
+
+/// What the looks at a task's sockets came to so far. They are counted by the time that they took,
+/// so that a clock that is set moves nothing.
+#[derive(Debug, Default)]
+struct Looks {
+    waited: Duration,
+    any: bool,
+    /// So many in a row found no connection.
+    quiet: u32,
 }
 
 #[derive(Debug)]
@@ -114,6 +142,10 @@ struct Task {
     files: bool,
     busy: Option<Busy>,
     watched: bool,
+    /// It was started, and is waited for until it listens.
+    opening: Option<Looks>,
+    /// It is to end, and its connections are waited for.
+    draining: Option<Looks>,
     /// It was asked to end.
     stopping: bool,
     /// Its stop has been sent.
@@ -136,6 +168,8 @@ impl Task {
             files: false,
             busy: None,
             watched: false,
+            opening: None,
+            draining: None,
             stopping: false,
             stop_sent: false,
             failed: None,
@@ -173,9 +207,10 @@ impl Task {
         }
     }
 
-    /// How long to wait before this step: not at all, unless it just failed.
-    fn retry_after(&self, step: Busy) -> Duration {
+    /// How long to wait before this step: not at all, unless it just failed or was taken.
+    fn step_after(&self, step: Busy) -> Duration {
         match self.failed {
+            _ if step == Busy::Look => self.look_after(),
             Some((failed, times)) if failed == step => {
                 RETRY_MAX.min(Duration::from_millis(100) * 2u32.pow(times.min(10)))
             }
@@ -204,12 +239,14 @@ pub(super) struct Core {
     /// A whole set has come. Before, what has no assignment is left alone: it may be ours, and only
     /// the file with the assignments was lost.
     assigned: bool,
+    /// Something but looks happened since this was asked last.
+    changed: bool,
 }
 
 impl Core {
     /// Goes on after a restart from what was kept and what was found.
     pub(super) fn restore(now_ms: u64, kept: Vec<Kept>, found: Vec<(TaskId, FoundState)>) -> Self {
-        let mut core = Self::default();
+        let mut core = Self { changed: true, ..Self::default() };
         for Kept { assignment, status } in kept {
             let mut task = Task::new();
             let id = assignment.id;
@@ -233,6 +270,7 @@ impl Core {
     /// The whole set of this node's tasks.
     pub(super) fn handle_assign(&mut self, now_ms: u64, set: Vec<TaskAssignment>) {
         self.assigned = true;
+        self.changed = true;
         let mut set: BTreeMap<TaskId, TaskAssignment> =
             set.into_iter().map(|assignment| (assignment.id, assignment)).collect();
         for (id, task) in &mut self.tasks {
@@ -257,12 +295,21 @@ impl Core {
     /// How a step went.
     pub(super) fn handle_outcome(&mut self, now_ms: u64, id: TaskId, outcome: Outcome) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
+        let look = matches!(outcome, Outcome::Looked(..)).then(|| task.status.clone());
         match outcome {
             Outcome::Ended(exit) => task.ended(now_ms, &exit),
             Outcome::Lost(reason) => task.lost(now_ms, reason),
             outcome => task.step_done(now_ms, outcome),
         }
         self.advance(now_ms, id);
+        // There are many looks, and most tell nothing new.
+        let status = self.tasks.get(&id).map(|task| &task.status);
+        self.changed |= look.is_none() || look.as_ref() != status;
+    }
+
+    /// Whether there may be something new to keep or to publish since this was asked last.
+    pub(super) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
     /// The next thing to do.
@@ -305,7 +352,7 @@ impl Core {
         }
         if let Some((busy, step)) = task.next_step(now_ms) {
             task.busy = Some(busy);
-            let after = task.retry_after(busy);
+            let after = task.step_after(busy);
             self.actions.push_back(Action { task: id, step, after });
         } else if !task.named && task.process != Process::Running {
             self.tasks.remove(&id);
@@ -354,6 +401,99 @@ impl Task {
         self.say(now_ms, TaskState::Running, "started");
     }
 
+    /// Its process runs. Others may send to it once it listens.
+    fn started(&mut self, now_ms: u64, pid: u32) {
+        if self.open_limit() == Duration::ZERO {
+            return self.running(now_ms, pid);
+        }
+        self.status.pid = Some(pid);
+        self.opening = Some(Looks::default());
+        self.say(now_ms, TaskState::Starting, "started; it does not listen yet");
+    }
+
+    /// How long to wait until it listens. Nobody connects to one that is on no network.
+    fn open_limit(&self) -> Duration {
+        let Some(assignment) = &self.assignment else { return Duration::ZERO };
+        let overlay = |kind| matches!(kind, InterfaceKind::Overlay { .. });
+        if !assignment.ports.is_empty() {
+            OPEN_LIMIT
+        } else if assignment.leases.iter().any(|lease| overlay(lease.kind)) {
+            OPEN_LIMIT_UNKNOWN
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    /// After a restart of meshd: what was wrong with its network is over.
+    fn attached_again(&mut self, now_ms: u64) {
+        let message = self.status.message.clone();
+        self.say(now_ms, TaskState::Running, &message);
+    }
+
+    fn drain_limit(&self) -> Duration {
+        self.assignment.as_ref().map_or(Duration::ZERO, |assignment| assignment.drain)
+    }
+
+    /// The first look is taken at once.
+    fn look_after(&self) -> Duration {
+        match (&self.draining, &self.opening) {
+            (Some(looks), _) if looks.any => {
+                LOOK_DRAINING.min(self.drain_limit().saturating_sub(looks.waited))
+            }
+            (None, Some(looks)) if looks.any => LOOK_OPENING,
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Takes in a look at its sockets.
+    fn looked(&mut self, now_ms: u64, sockets: &Sockets, took: Duration) {
+        let looks = self.draining.as_mut().or(self.opening.as_mut());
+        let Some(looks) = looks.filter(|_| self.process == Process::Running) else { return };
+        looks.any = true;
+        looks.waited = looks.waited.saturating_add(took);
+        if self.draining.is_some() {
+            self.looked_draining(now_ms, sockets.open());
+        } else {
+            self.looked_opening(now_ms, sockets);
+        }
+    }
+
+    fn looked_draining(&mut self, now_ms: u64, open: usize) {
+        let Some(looks) = &mut self.draining else { return };
+        looks.quiet = if open == 0 { looks.quiet.saturating_add(1) } else { 0 };
+        let message = match open {
+            0 => "draining: no connection open".to_owned(),
+            1 => "draining: 1 connection open".to_owned(),
+            _ => format!("draining: {open} connections open"),
+        };
+        self.say(now_ms, TaskState::Running, &message);
+    }
+
+    fn looked_opening(&mut self, now_ms: u64, sockets: &Sockets) {
+        let waited = self.opening.as_ref().map_or(Duration::ZERO, |looks| looks.waited);
+        let ports = self.assignment.as_ref().map(|assignment| assignment.ports.as_slice());
+        let ports = ports.unwrap_or_default();
+        let missing: Vec<String> = ports
+            .iter()
+            .filter(|port| !sockets.listening.contains(port))
+            .map(|(protocol, port)| match protocol {
+                Protocol::Tcp => format!("{port}/tcp"),
+                Protocol::Udp => format!("{port}/udp"),
+            })
+            .collect();
+        let open = missing.is_empty() && !(ports.is_empty() && sockets.listening.is_empty());
+        if !open && waited < self.open_limit() {
+            return;
+        }
+        self.opening = None;
+        let message = if missing.is_empty() {
+            "started".to_owned()
+        } else {
+            format!("started; nothing listens on port {} yet", missing.join(", "))
+        };
+        self.say(now_ms, TaskState::Running, &message);
+    }
+
     /// The one step that brings it closer to what is wanted; `None` if it is there.
     fn next_step(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
         match self.process {
@@ -369,16 +509,41 @@ impl Task {
             if self.stop_sent {
                 return None;
             }
+            if let Some(step) = self.next_while_draining() {
+                return Some(step);
+            }
             self.stop_sent = true;
             let spec = self.assignment.as_ref().map(|assignment| &assignment.spec);
             let signal = spec.and_then(|spec| parse_signal(spec.stop_signal.as_ref()?).ok());
             let grace = spec.and_then(|spec| spec.stop_grace_period).unwrap_or(GRACE);
             return Some((Busy::Stop, Step::Stop { signal: signal.unwrap_or(SIGTERM), grace }));
         }
-        if self.plugged == Plugged::Yes {
+        if self.plugged != Plugged::Yes {
+            return self.attach();
+        }
+        self.opening.as_ref()?;
+        Some((Busy::Look, Step::Look(self.netns.clone()?)))
+    }
+
+    /// What comes before it is told to stop: nobody sends it new connections any more, and those
+    /// that are open may end by themselves.
+    fn next_while_draining(&mut self) -> Option<(Busy, Step)> {
+        let limit = self.drain_limit();
+        // While it was not seen to listen, nothing was sent to it.
+        if limit.is_zero() || self.opening.is_some() {
             return None;
         }
-        self.attach()
+        // After a restart of meshd its interfaces must be kept until then. If that fails, whoever
+        // is connected to it is cut off already.
+        if self.plugged != Plugged::Yes {
+            let failed = matches!(self.failed, Some((Busy::Attach, _)));
+            return if failed { None } else { self.attach() };
+        }
+        let looks = self.draining.get_or_insert_default();
+        if looks.waited >= limit || looks.quiet >= LOOKS_QUIET {
+            return None;
+        }
+        Some((Busy::Look, Step::Look(self.netns.clone()?)))
     }
 
     fn next_before_start(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
@@ -450,6 +615,7 @@ impl Task {
 
     fn ended(&mut self, now_ms: u64, exit: &Exit) {
         self.process = Process::Ended;
+        (self.opening, self.draining) = (None, None);
         self.failed = None;
         let (state, message, err) = match &exit.error {
             Some(reason) => (TaskState::Failed, "starting", reason.clone()),
@@ -468,6 +634,7 @@ impl Task {
 
     fn lost(&mut self, now_ms: u64, reason: String) {
         self.process = Process::Ended;
+        (self.opening, self.draining) = (None, None);
         self.failed = None;
         self.end = Some(self.finally(now_ms, TaskState::Failed, "started", &reason));
     }
@@ -483,14 +650,15 @@ impl Task {
             }
             Outcome::Started(pid) => {
                 self.process = Process::Running;
-                self.running(now_ms, pid);
+                self.started(now_ms, pid);
             }
+            Outcome::Looked(sockets, took) => self.looked(now_ms, &sockets, took),
             Outcome::Done | Outcome::Ended(_) | Outcome::Lost(_) => match busy {
                 Busy::Attach => {
                     self.plugged = Plugged::Yes;
                     match self.process {
                         Process::Created => self.say(now_ms, TaskState::Ready, "prepared"),
-                        Process::Running => self.say(now_ms, TaskState::Running, "started"),
+                        Process::Running => self.attached_again(now_ms),
                         Process::Absent | Process::Ended => {}
                     }
                 }
@@ -501,7 +669,7 @@ impl Task {
                         self.process = Process::Absent;
                     }
                 }
-                Busy::Stop | Busy::Prepare | Busy::Start => {}
+                Busy::Stop | Busy::Prepare | Busy::Start | Busy::Look => {}
             },
         }
         self.failed = None;
@@ -519,6 +687,8 @@ impl Task {
             Busy::Start => {
                 self.end = Some(self.finally(now_ms, TaskState::Failed, "starting", reason));
             }
+            // What cannot be looked at is not waited for.
+            Busy::Look => self.looked(now_ms, &Sockets::default(), Duration::MAX),
             // These are tried again: what exists must be plugged, stopped, unplugged, removed.
             Busy::Attach => self.failed_again(busy, format!("network: {reason}")),
             Busy::Stop => {

@@ -19,6 +19,7 @@ fn task(number: u128, desired: TaskState) -> TaskAssignment {
         leases: Vec::new(),
         desired,
         drain: Duration::ZERO,
+        ports: Vec::new(),
     }
 }
 
@@ -39,6 +40,7 @@ fn steps(core: &mut Core) -> Vec<&'static str> {
             Step::Attach(..) => "attach",
             Step::Start => "start",
             Step::Watch => "watch",
+            Step::Look(_) => "look",
             Step::Stop { .. } => "stop",
             Step::Detach => "detach",
             Step::Remove => "remove",
@@ -260,6 +262,185 @@ fn a_restart_takes_a_running_task_over() {
     assert_eq!(other.leaving(), 0);
 }
 
+fn server(desired: TaskState, drain_ms: u64) -> TaskAssignment {
+    TaskAssignment {
+        ports: vec![(Protocol::Tcp, 80), (Protocol::Udp, 7)],
+        drain: Duration::from_millis(drain_ms),
+        ..task(1, desired)
+    }
+}
+
+fn saw(listening: &[(Protocol, u16)], connections: usize) -> Outcome {
+    let sockets = Sockets {
+        listening: listening.iter().copied().collect(),
+        connections: vec![80; connections],
+    };
+    Outcome::Looked(sockets, Duration::from_millis(100))
+}
+
+const TCP: (Protocol, u16) = (Protocol::Tcp, 80);
+const UDP: (Protocol, u16) = (Protocol::Udp, 7);
+
+/// A server whose process was started, with its first look under way.
+fn started_server() -> Single {
+    let mut core = Core::default();
+    core.handle_assign(1, vec![server(TaskState::Running, 1000)]);
+    let mut single = Single { core, id: TaskId::from_bits(1) };
+    single.step("prepare", Outcome::Prepared(netns()));
+    single.step("attach", Outcome::Done);
+    single.step("start", Outcome::Started(42));
+    single.assert_status(TaskState::Starting, "started; it does not listen yet", "");
+    assert_eq!(single.status().pid, Some(42));
+    assert_eq!(steps(&mut single.core), ["watch", "look"]);
+    single
+}
+
+fn running_server() -> Single {
+    let mut single = started_server();
+    single.core.handle_outcome(3, single.id, saw(&[TCP, UDP], 0));
+    single.assert_status(TaskState::Running, "started", "");
+    assert!(steps(&mut single.core).is_empty());
+    single
+}
+
+#[test]
+fn a_server_runs_once_all_its_ports_are_open() {
+    let mut single = started_server();
+    single.core.handle_outcome(3, single.id, saw(&[TCP], 0));
+    single.assert_status(TaskState::Starting, "started; it does not listen yet", "");
+    let again = single.core.poll_action().unwrap();
+    assert_eq!((again.step, again.after), (Step::Look(netns()), LOOK_OPENING));
+    assert!(single.core.take_changed());
+    single.core.handle_outcome(3, single.id, saw(&[TCP], 0));
+    assert!(!single.core.take_changed(), "a look that tells nothing new costs nothing");
+    single.step("look", saw(&[TCP, UDP], 0));
+    assert!(single.core.take_changed());
+    single.assert_status(TaskState::Running, "started", "");
+    assert!(steps(&mut single.core).is_empty());
+}
+
+#[test]
+fn a_server_that_never_listens_runs_all_the_same_and_says_so() {
+    let mut single = started_server();
+    for _ in 0..49 {
+        single.core.handle_outcome(3, single.id, saw(&[UDP], 0));
+        single.assert_status(TaskState::Starting, "started; it does not listen yet", "");
+        assert_eq!(steps(&mut single.core), ["look"]);
+    }
+    single.core.handle_outcome(3, single.id, saw(&[UDP], 0));
+    single.assert_status(TaskState::Running, "started; nothing listens on port 80/tcp yet", "");
+    assert!(steps(&mut single.core).is_empty());
+    // Nobody is asked again after a restart of meshd.
+    let running = FoundState::Running { netns: netns(), pid: 42 };
+    let mut core = Core::restore(9, single.core.kept(), vec![(single.id, running)]);
+    assert_eq!(steps(&mut core), ["watch", "attach"]);
+    core.handle_outcome(9, single.id, Outcome::Done);
+    assert!(steps(&mut core).is_empty());
+}
+
+#[test]
+fn a_server_that_ends_while_it_starts_has_failed() {
+    let mut single = started_server();
+    single.core.handle_outcome(3, single.id, Outcome::Ended(exit(1)));
+    single.core.handle_outcome(3, single.id, saw(&[TCP, UDP], 0));
+    single.step("detach", Outcome::Done);
+    single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
+    // One that is not wanted any more has no connections to wait for.
+    let mut single = started_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_outcome(3, single.id, saw(&[TCP], 1));
+    assert_eq!(steps(&mut single.core), ["stop"]);
+}
+
+#[test]
+fn one_on_a_network_is_waited_for_a_moment() {
+    let mut assignment = task(1, TaskState::Running);
+    assignment.leases = vec![mesh_types::task::EndpointLease {
+        endpoint: mesh_types::EndpointId::MIN,
+        kind: InterfaceKind::Overlay { network: mesh_types::NetworkId::from_bits(1), index: 0 },
+        address: "10.0.1.5/24".parse().unwrap(),
+    }];
+    let mut core = Core::default();
+    core.handle_assign(1, vec![assignment]);
+    let mut single = Single { core, id: TaskId::from_bits(1) };
+    single.step("prepare", Outcome::Prepared(netns()));
+    single.step("attach", Outcome::Done);
+    single.step("start", Outcome::Started(42));
+    assert_eq!(steps(&mut single.core), ["watch", "look"]);
+    for _ in 0..4 {
+        single.core.handle_outcome(3, single.id, saw(&[], 0));
+        assert_eq!(steps(&mut single.core), ["look"]);
+    }
+    single.core.handle_outcome(3, single.id, saw(&[], 0));
+    single.assert_status(TaskState::Running, "started", "");
+}
+
+#[test]
+fn connections_end_before_the_task_does() {
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("look", saw(&[TCP], 3));
+    single.assert_status(TaskState::Running, "draining: 3 connections open", "");
+    // One quiet look is not enough: a connection may be on its way.
+    single.step("look", saw(&[TCP], 0));
+    single.step("look", saw(&[TCP], 1));
+    single.step("look", saw(&[TCP], 0));
+    let again = single.core.poll_action().unwrap();
+    assert_eq!((again.step, again.after), (Step::Look(netns()), LOOK_DRAINING));
+    single.core.handle_outcome(3, single.id, saw(&[TCP], 0));
+    assert_eq!(steps(&mut single.core), ["stop"]);
+    single.core.handle_outcome(3, single.id, Outcome::Done);
+    single.core.handle_outcome(3, single.id, Outcome::Ended(exit(0)));
+    single.step("detach", Outcome::Done);
+    single.assert_status(TaskState::Shutdown, "shutdown", "");
+}
+
+#[test]
+fn draining_has_an_end() {
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    for _ in 0..10 {
+        single.step("look", saw(&[TCP], 1));
+    }
+    assert_eq!(steps(&mut single.core), ["stop"]);
+
+    // Cut short by a later word.
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("look", saw(&[TCP], 1));
+    single.step("look", saw(&[TCP], 1));
+    assert_eq!(steps(&mut single.core), ["look"]);
+    single.core.handle_assign(3, vec![server(TaskState::Remove, 100)]);
+    single.core.handle_outcome(3, single.id, saw(&[TCP], 1));
+    assert_eq!(steps(&mut single.core), ["stop"]);
+
+    // And by the task's own end.
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    assert_eq!(steps(&mut single.core), ["look"]);
+    single.core.handle_outcome(3, single.id, Outcome::Ended(exit(0)));
+    single.core.handle_outcome(3, single.id, saw(&[], 0));
+    single.step("detach", Outcome::Done);
+    single.assert_status(TaskState::Shutdown, "shutdown", "");
+}
+
+#[test]
+fn a_restart_while_draining_drains_anew_with_its_interfaces() {
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("look", saw(&[TCP], 1));
+    let found = || vec![(single.id, FoundState::Running { netns: netns(), pid: 42 })];
+    let mut core = Core::restore(9, single.core.kept(), found());
+    assert_eq!(steps(&mut core), ["watch", "attach"]);
+    core.handle_outcome(9, single.id, Outcome::Done);
+    assert_eq!(steps(&mut core), ["look"]);
+    // Without interfaces there is nothing to wait for.
+    let mut core = Core::restore(9, single.core.kept(), found());
+    assert_eq!(steps(&mut core), ["watch", "attach"]);
+    core.handle_outcome(9, single.id, Outcome::Failed("no map".into()));
+    assert_eq!(steps(&mut core), ["stop"]);
+}
+
 /// What exists of one task in the simulated node.
 #[derive(Debug, Default, Clone)]
 struct Real {
@@ -361,7 +542,14 @@ impl World {
                     [TaskState::Ready, TaskState::Running, TaskState::Shutdown, TaskState::Remove];
                 let set: BTreeMap<u8, u8> = set.into_iter().collect();
                 let set = set.iter().map(|(id, want)| {
-                    task(u128::from(*id), desired[usize::from(*want) % desired.len()])
+                    let want = desired[usize::from(*want) % desired.len()];
+                    let mut task = task(u128::from(*id), want);
+                    // Half of them are servers, whose ports never open here.
+                    if id % 2 == 1 {
+                        task.ports = vec![(Protocol::Tcp, 80)];
+                        task.drain = Duration::from_secs(1);
+                    }
+                    task
                 });
                 let set: Vec<TaskAssignment> = set
                     // Managers do not name a task again that they have forgotten.
@@ -422,6 +610,7 @@ impl Real {
                 self.starts += 1;
                 Outcome::Started(1)
             }
+            Step::Look(_) => Outcome::Looked(Sockets::default(), Duration::from_millis(100)),
             Step::Watch => match &self.ended {
                 Some(exit) => Outcome::Ended(exit.clone()),
                 None => Outcome::Lost("gone".into()),
@@ -486,7 +675,7 @@ proptest! {
         let mut world = World::default();
         let set = wants.iter().enumerate().map(|(id, want)| (id as u8, *want)).collect();
         world.run(Op::Assign(set));
-        for _ in 0..200 {
+        for _ in 0..400 {
             world.run(Op::Carry(0, true));
         }
         let reached: Vec<TaskState> =

@@ -7,12 +7,13 @@
 
 mod core;
 mod report;
+mod sockets;
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
@@ -32,7 +33,7 @@ use tokio::{
 };
 
 use self::core::{Action, Core, Kept, Outcome, Step};
-pub use self::report::StatusFeed;
+pub use self::{report::StatusFeed, sockets::Sockets};
 
 /// Every step has a deadline, so that no task hangs in a state without a reason.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -55,6 +56,14 @@ pub trait Plumber: Send + Sync {
     /// # Errors
     /// It is tried again then.
     async fn detach(&self, task: TaskId) -> anyhow::Result<()>;
+
+    /// What the task's namespace listens on, and who is connected to that.
+    ///
+    /// # Errors
+    /// When its process is gone.
+    fn sockets(&self, netns: &Path) -> std::io::Result<Sockets> {
+        Sockets::of(netns)
+    }
 }
 
 /// Settings of the agent.
@@ -226,14 +235,16 @@ struct Driver {
 impl Driver {
     async fn run(mut self, mut receiver: mpsc::UnboundedReceiver<Input>) {
         loop {
-            // Kept before it is acted upon: a restart must know every task that has begun.
-            self.save().await;
-            self.publisher.send_if_modified(|view| {
-                let new = view_of(&self.core);
-                let changed = **view != new;
-                *view = Arc::new(new);
-                changed
-            });
+            if self.core.take_changed() {
+                // Kept before it is acted upon: a restart must know every task that has begun.
+                self.save().await;
+                self.publisher.send_if_modified(|view| {
+                    let new = view_of(&self.core);
+                    let changed = **view != new;
+                    *view = Arc::new(new);
+                    changed
+                });
+            }
             while let Some(action) = self.core.poll_action() {
                 self.spawn(action);
             }
@@ -257,8 +268,12 @@ impl Driver {
         let hands = Arc::clone(&self.hands);
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
+            let began = Instant::now();
             sleep(action.after).await;
-            let outcome = hands.carry_out(action.task, action.step).await;
+            let mut outcome = hands.carry_out(action.task, action.step).await;
+            if let Outcome::Looked(_, took) = &mut outcome {
+                *took = began.elapsed();
+            }
             if let Some(inputs) = inputs.upgrade() {
                 let _ = inputs.send(Input::Outcome(action.task, outcome));
             }
@@ -301,6 +316,12 @@ impl Hands {
         if step == Step::Watch {
             return self.watch(task).await;
         }
+        if let Step::Look(netns) = step {
+            let plumber = Arc::clone(&self.plumber);
+            // Its process may end at any time: then it has no sockets.
+            let looked = tokio::task::spawn_blocking(move || plumber.sockets(&netns).ok()).await;
+            return Outcome::Looked(looked.ok().flatten().unwrap_or_default(), Duration::ZERO);
+        }
         let name = step.name();
         tracing::debug!(%task, step = name, "task step");
         let outcome = timeout(STEP_TIMEOUT, self.attempt(task, step)).await;
@@ -327,7 +348,7 @@ impl Hands {
             Step::Detach => self.plumber.detach(task).await?,
             Step::Stop { signal, grace } => self.executor.stop(task, signal, grace).await?,
             Step::Remove => self.executor.remove(task).await?,
-            Step::Watch => {}
+            Step::Watch | Step::Look(_) => {}
         }
         Ok(Outcome::Done)
     }
@@ -353,6 +374,7 @@ impl Step {
             Self::Attach(..) => "attaching the network",
             Self::Start => "starting",
             Self::Watch => "watching",
+            Self::Look(_) => "looking at the sockets",
             Self::Stop { .. } => "stopping",
             Self::Detach => "detaching the network",
             Self::Remove => "removing",

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use mesh_executor::{Exit, FoundState, Prepared};
-use mesh_types::{NodeId, ServiceId, spec::TaskSpec, task::TaskState};
+use mesh_types::{NodeId, Protocol, ServiceId, spec::TaskSpec, task::TaskState};
 use tokio::sync::Notify;
 
 use super::*;
@@ -20,6 +20,7 @@ struct Fake {
     context: Mutex<Option<TaskContext>>,
     changed: Notify,
     refuse_to_attach: AtomicBool,
+    sockets: Mutex<Sockets>,
 }
 
 impl Fake {
@@ -109,6 +110,9 @@ impl Plumber for Fake {
         self.note("detach");
         Ok(())
     }
+    fn sockets(&self, _: &Path) -> std::io::Result<Sockets> {
+        Ok(self.sockets.lock().unwrap().clone())
+    }
 }
 
 struct Fixture {
@@ -143,6 +147,7 @@ impl Fixture {
             leases: vec![lease],
             desired: TaskState::Running,
             drain: Duration::ZERO,
+            ports: Vec::new(),
         };
         let config = AgentConfig {
             state_dir,
@@ -192,6 +197,37 @@ async fn a_task_is_run_reported_and_removed() {
     assert_eq!(status.err, "task: non-zero exit (3)");
     handle.stop_all(DEADLINE).await.unwrap();
     assert_eq!(fixture.fake.notes()[3..], ["detach", "remove"]);
+}
+
+#[tokio::test]
+async fn a_server_is_waited_for_at_both_ends() {
+    let mut fixture = Fixture::new("server");
+    let handle = fixture.start().await;
+    fixture.task.ports = vec![(Protocol::Tcp, 80)];
+    // Far longer than the test waits for anything.
+    fixture.task.drain = DEADLINE * 10;
+    handle.assign(vec![fixture.task.clone()]);
+    fixture.until(&handle, TaskState::Starting).await;
+    let set = |listening: &[(Protocol, u16)], connections: &[u16]| {
+        let listening = listening.iter().copied().collect();
+        *fixture.fake.sockets.lock().unwrap() =
+            Sockets { listening, connections: connections.to_vec() };
+    };
+    set(&[(Protocol::Tcp, 80)], &[80]);
+    let status = fixture.until(&handle, TaskState::Running).await;
+    assert_eq!(status.message, "started");
+    let mut ending = fixture.task.clone();
+    ending.desired = TaskState::Shutdown;
+    handle.assign(vec![ending]);
+    let mut view = handle.watch();
+    let id = fixture.task.id;
+    let drains =
+        view.wait_for(|view| view.tasks[&id].status.message == "draining: 1 connection open");
+    drop(timeout(DEADLINE, drains).await.unwrap().unwrap());
+    assert!(!fixture.fake.notes().contains(&"stop 15".to_owned()));
+    set(&[(Protocol::Tcp, 80)], &[]);
+    fixture.until(&handle, TaskState::Shutdown).await;
+    assert!(fixture.fake.notes().contains(&"stop 15".to_owned()));
 }
 
 #[tokio::test]
