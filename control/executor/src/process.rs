@@ -3,13 +3,14 @@
 //! restarted meshd knows as much as the one before.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{self, IoSlice},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{fs::DirBuilderExt, net::UnixStream as StdUnixStream},
+        unix::{ffi::OsStrExt, fs::DirBuilderExt, net::UnixStream as StdUnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -227,13 +228,32 @@ impl ProcessExecutor {
                 Ok(FoundState::Running { netns: netns(&self.dir(task))?, pid })
             }
             Ok(Response::Status(ShimStatus::Exited { exit })) => Ok(FoundState::Exited(exit)),
-            // It may have written its record between our two looks.
-            Err(ExecutorError::Lost(_)) => {
-                Ok(self.recorded_exit(task)?.map_or(FoundState::Lost, FoundState::Exited))
+            // On a busy machine it may be slow, or have too many callers. It is lost once its
+            // process is gone, and not before: until then its files tell how far it is.
+            _ if self.shim_lives(task) => {
+                tracing::warn!(%task, "the shim does not answer; going by its files");
+                let dir = self.dir(task);
+                let pid = fs::read_to_string(dir.pid()).ok().and_then(|pid| pid.parse().ok());
+                let netns = netns(&dir)?;
+                Ok(match pid {
+                    Some(pid) => FoundState::Running { netns, pid },
+                    None => FoundState::Created { netns },
+                })
             }
-            Ok(_) => Ok(FoundState::Lost),
-            Err(error) => Err(error),
+            // It may have written its record between our two looks.
+            _ => Ok(self.recorded_exit(task)?.map_or(FoundState::Lost, FoundState::Exited)),
         }
+    }
+
+    /// Whether the shim's process is there: one of its number that serves this task's directory.
+    fn shim_lives(&self, task: TaskId) -> bool {
+        let dir = self.dir(task);
+        let Ok(pid) = fs::read_to_string(dir.shim_pid()) else { return false };
+        // A zombie's is empty.
+        let arguments = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+        let last = arguments.strip_suffix(b"\0").and_then(|all| all.rsplit(|b| *b == 0).next());
+        let served = last.map(OsStr::from_bytes).and_then(|last| Path::new(last).file_name());
+        served.is_some() && served == dir.path().file_name()
     }
 }
 
@@ -315,7 +335,16 @@ impl Executor for ProcessExecutor {
                 return Err(ExecutorError::io("ask the shim in", self.dir(task).path(), error));
             }
         }
-        self.recorded_exit(task)?.ok_or(ExecutorError::Lost(task))
+        match self.recorded_exit(task)? {
+            Some(exit) => Ok(exit),
+            // It has too many callers; the next attempt may do better.
+            None if self.shim_lives(task) => {
+                let source = io::ErrorKind::ConnectionAborted.into();
+                Err(ExecutorError::io("wait for the shim in", self.dir(task).path(), source))
+            }
+            // It may have written its record between our two looks.
+            None => self.recorded_exit(task)?.ok_or(ExecutorError::Lost(task)),
+        }
     }
 
     async fn remove(&self, task: TaskId) -> Result<(), ExecutorError> {
