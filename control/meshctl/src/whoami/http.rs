@@ -36,6 +36,8 @@ impl Default for Health {
 pub(super) async fn serve(listener: TcpListener, mut shared: Shared, health: Health) {
     loop {
         tokio::select! {
+            // Whoever has connected already is served before the end.
+            biased;
             stream = tcp::accept(&listener) => {
                 tokio::spawn(converse(stream, shared.clone(), health.clone()));
             }
@@ -57,6 +59,8 @@ async fn converse(stream: TcpStream, mut shared: Shared, health: Health) {
     let conn = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     tokio::pin!(conn);
     tokio::select! {
+        // A request that is there already is under way.
+        biased;
         _ = conn.as_mut() => return,
         () = shared.stop_asked() => conn.as_mut().graceful_shutdown(),
     }

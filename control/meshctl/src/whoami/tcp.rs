@@ -12,6 +12,8 @@ use super::Shared;
 pub(super) async fn serve(listener: TcpListener, mut shared: Shared) {
     loop {
         let (stream, shared_by_conn) = tokio::select! {
+            // Whoever has connected already is served before the end.
+            biased;
             accepted = accept(&listener) => (accepted, shared.clone()),
             () = shared.stop_asked() => return,
         };
