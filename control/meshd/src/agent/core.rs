@@ -14,6 +14,7 @@ use std::{
 use mesh_executor::{Exit, FoundState, SIGTERM, parse_signal};
 use mesh_types::{
     Protocol, TaskId,
+    spec::RestartCondition,
     task::{InterfaceKind, TaskAssignment, TaskState, TaskStatus},
 };
 
@@ -63,6 +64,8 @@ pub(super) enum Step {
     Detach,
     /// End what is left of it and remove all that is on disk.
     Remove,
+    /// Nothing: the pause before it is started again.
+    Pause,
 }
 
 /// How a step went.
@@ -116,6 +119,7 @@ enum Busy {
     Stop,
     Detach,
     Remove,
+    Pause,
 }
 
 /// What the looks at a task's sockets came to so far. They are counted by the time that they took,
@@ -152,6 +156,10 @@ struct Task {
     stop_sent: bool,
     /// The step that failed last, and how often in a row.
     failed: Option<(Busy, u32)>,
+    /// When it was started again here, in milliseconds, because no manager could replace it.
+    restarts: Vec<u64>,
+    /// It ended, is unplugged, and was paused for as long as its service says.
+    paused: bool,
     /// What to report once its interfaces are gone, since its leases are given back then.
     end: Option<TaskStatus>,
     status: TaskStatus,
@@ -173,6 +181,8 @@ impl Task {
             stopping: false,
             stop_sent: false,
             failed: None,
+            restarts: Vec::new(),
+            paused: false,
             end: None,
             status: TaskStatus::default(),
         }
@@ -211,6 +221,9 @@ impl Task {
     fn step_after(&self, step: Busy) -> Duration {
         match self.failed {
             _ if step == Busy::Look => self.look_after(),
+            _ if step == Busy::Pause => {
+                self.assignment.as_ref().map_or(Duration::ZERO, |a| a.spec.restart.delay)
+            }
             Some((failed, times)) if failed == step => {
                 RETRY_MAX.min(Duration::from_millis(100) * 2u32.pow(times.min(10)))
             }
@@ -241,6 +254,8 @@ pub(super) struct Core {
     assigned: bool,
     /// Something but looks happened since this was asked last.
     changed: bool,
+    /// No manager is there to replace what ends: it is started again here.
+    alone: bool,
 }
 
 impl Core {
@@ -279,6 +294,8 @@ impl Core {
                 task.assignment = Some(assignment);
             } else if let Some(assignment) = &mut task.assignment {
                 assignment.desired = TaskState::Remove;
+                // Managers know nothing of it any more, so its addresses may soon be another's.
+                assignment.drain = Duration::ZERO;
             }
         }
         for (id, assignment) in set {
@@ -290,6 +307,17 @@ impl Core {
         }
         let ids: Vec<TaskId> = self.tasks.keys().copied().collect();
         ids.into_iter().for_each(|id| self.advance(now_ms, id));
+    }
+
+    /// Whether there are managers that replace what ends.
+    pub(super) fn handle_managed(&mut self, now_ms: u64, managed: bool) {
+        self.alone = !managed;
+        self.changed = true;
+        let paused = |task: &&mut Task| task.busy == Some(Busy::Pause);
+        for task in self.tasks.values_mut().filter(paused).filter(|_| managed) {
+            // From now on the managers decide.
+            task.report_end(now_ms);
+        }
     }
 
     /// How a step went.
@@ -350,7 +378,7 @@ impl Core {
         if task.busy.is_some() || (task.assignment.is_none() && !self.assigned) {
             return;
         }
-        if let Some((busy, step)) = task.next_step(now_ms) {
+        if let Some((busy, step)) = task.next_step(now_ms, self.alone) {
             task.busy = Some(busy);
             let after = task.step_after(busy);
             self.actions.push_back(Action { task: id, step, after });
@@ -398,7 +426,8 @@ impl Task {
 
     fn running(&mut self, now_ms: u64, pid: u32) {
         self.status.pid = Some(pid);
-        self.say(now_ms, TaskState::Running, "started");
+        let message = self.running_message();
+        self.say(now_ms, TaskState::Running, &message);
     }
 
     /// Its process runs. Others may send to it once it listens.
@@ -487,19 +516,20 @@ impl Task {
         }
         self.opening = None;
         let message = if missing.is_empty() {
-            "started".to_owned()
+            self.running_message()
         } else {
-            format!("started; nothing listens on port {} yet", missing.join(", "))
+            let ports = missing.join(", ");
+            format!("{}; nothing listens on port {ports} yet", self.running_message())
         };
         self.say(now_ms, TaskState::Running, &message);
     }
 
     /// The one step that brings it closer to what is wanted; `None` if it is there.
-    fn next_step(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
+    fn next_step(&mut self, now_ms: u64, alone: bool) -> Option<(Busy, Step)> {
         match self.process {
             Process::Running => self.next_while_running(),
             Process::Created => self.next_before_start(now_ms),
-            Process::Absent | Process::Ended => self.next_without_process(now_ms),
+            Process::Absent | Process::Ended => self.next_without_process(now_ms, alone),
         }
     }
 
@@ -563,7 +593,18 @@ impl Task {
         Some((Busy::Start, Step::Start))
     }
 
-    fn next_without_process(&mut self, now_ms: u64) -> Option<(Busy, Step)> {
+    fn next_without_process(&mut self, now_ms: u64, alone: bool) -> Option<(Busy, Step)> {
+        if alone && self.plugged == Plugged::No && self.may_start_again(now_ms) {
+            if !self.paused {
+                self.paused = true;
+                return Some((Busy::Pause, Step::Pause));
+            }
+            self.restarts.push(now_ms);
+            (self.end, self.process, self.netns) = (None, Process::Absent, None);
+            (self.watched, self.paused, self.status.pid) = (false, false, None);
+            let message = self.running_message();
+            self.say(now_ms, TaskState::Running, &message);
+        }
         let begins = self.process == Process::Absent
             && self.wanted().is_some()
             && self.end.is_none()
@@ -584,6 +625,32 @@ impl Task {
         // One that never ran has no output to keep.
         let useless = self.process == Process::Absent || self.forgettable();
         (useless && self.files).then_some((Busy::Remove, Step::Remove))
+    }
+
+    /// Whether it ended by itself and its service wants it back, as far as this node can tell.
+    fn may_start_again(&self, now_ms: u64) -> bool {
+        let (Some(end), Some(assignment)) = (&self.end, &self.assignment) else { return false };
+        let policy = &assignment.spec.restart;
+        let wanted = match policy.condition {
+            RestartCondition::None => false,
+            RestartCondition::OnFailure => end.state != TaskState::Complete,
+            RestartCondition::Any => true,
+        };
+        let window = match u64::try_from(policy.window.as_millis()) {
+            Ok(0) | Err(_) => u64::MAX,
+            Ok(window) => window,
+        };
+        let recent = self.restarts.iter().filter(|at| now_ms.saturating_sub(**at) < window);
+        let left = policy.max_attempts.is_none_or(|most| (recent.count() as u64) < most);
+        wanted && left && !self.stopping && self.wanted() == Some(TaskState::Running)
+    }
+
+    fn running_message(&self) -> String {
+        match self.restarts.len() {
+            0 => "started".to_owned(),
+            1 => "restarted once while no manager was reached".to_owned(),
+            times => format!("restarted {times} times while no manager was reached"),
+        }
     }
 
     fn attach(&mut self) -> Option<(Busy, Step)> {
@@ -669,7 +736,7 @@ impl Task {
                         self.process = Process::Absent;
                     }
                 }
-                Busy::Stop | Busy::Prepare | Busy::Start | Busy::Look => {}
+                Busy::Stop | Busy::Prepare | Busy::Start | Busy::Look | Busy::Pause => {}
             },
         }
         self.failed = None;
@@ -687,6 +754,7 @@ impl Task {
             Busy::Start => {
                 self.end = Some(self.finally(now_ms, TaskState::Failed, "starting", reason));
             }
+            Busy::Pause => {}
             // What cannot be looked at is not waited for.
             Busy::Look => self.looked(now_ms, &Sockets::default(), Duration::MAX),
             // These are tried again: what exists must be plugged, stopped, unplugged, removed.

@@ -41,6 +41,7 @@ fn steps(core: &mut Core) -> Vec<&'static str> {
             Step::Start => "start",
             Step::Watch => "watch",
             Step::Look(_) => "look",
+            Step::Pause => "pause",
             Step::Stop { .. } => "stop",
             Step::Detach => "detach",
             Step::Remove => "remove",
@@ -441,6 +442,75 @@ fn a_restart_while_draining_drains_anew_with_its_interfaces() {
     assert_eq!(steps(&mut core), ["stop"]);
 }
 
+/// Ends by itself and is unplugged while no manager is there.
+fn ended_alone(single: &mut Single, code: i32) {
+    single.core.handle_managed(4, false);
+    single.core.handle_outcome(4, single.id, Outcome::Ended(exit(code)));
+    single.step("detach", Outcome::Done);
+}
+
+#[test]
+fn without_managers_a_task_is_started_again_here() {
+    let mut single = Single::running();
+    for message in [
+        "restarted once while no manager was reached",
+        "restarted 2 times while no manager was reached",
+    ] {
+        ended_alone(&mut single, 1);
+        let pause = single.core.poll_action().unwrap();
+        assert_eq!((pause.step, pause.after), (Step::Pause, Duration::from_secs(5)));
+        assert_eq!(single.status().state, TaskState::Running, "its leases are kept");
+        single.core.handle_outcome(5, single.id, Outcome::Done);
+        single.step("prepare", Outcome::Prepared(netns()));
+        single.step("attach", Outcome::Done);
+        single.step("start", Outcome::Started(43));
+        single.assert_status(TaskState::Running, message, "");
+        assert_eq!(single.status().pid, Some(43));
+        assert_eq!(steps(&mut single.core), ["watch"]);
+    }
+    // Managers replace it themselves again.
+    single.core.handle_managed(6, true);
+    single.core.handle_outcome(6, single.id, Outcome::Ended(exit(1)));
+    single.step("detach", Outcome::Done);
+    single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
+    assert!(steps(&mut single.core).is_empty());
+}
+
+#[test]
+fn managers_that_come_back_during_the_pause_decide() {
+    let mut single = Single::running();
+    ended_alone(&mut single, 1);
+    assert_eq!(steps(&mut single.core), ["pause"]);
+    single.core.handle_managed(5, true);
+    single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
+    assert_eq!(single.status().exit_code, Some(1));
+    single.core.handle_outcome(6, single.id, Outcome::Done);
+    assert!(steps(&mut single.core).is_empty());
+}
+
+#[test]
+fn restarts_without_managers_keep_to_the_policy() {
+    let limited = |condition, code| {
+        let mut assignment = task(1, TaskState::Running);
+        assignment.spec.restart.condition = condition;
+        assignment.spec.restart.max_attempts = Some(1);
+        let mut single = Single::running();
+        single.core.handle_assign(2, vec![assignment]);
+        ended_alone(&mut single, code);
+        single
+    };
+    for (condition, code) in [(RestartCondition::None, 1), (RestartCondition::OnFailure, 0)] {
+        let mut single = limited(condition, code);
+        assert!(single.status().state.is_final(), "{condition:?}");
+        assert!(steps(&mut single.core).is_empty());
+    }
+    let mut single = limited(RestartCondition::Any, 1);
+    single.step("pause", Outcome::Done);
+    // A start that fails is an attempt too.
+    single.step("prepare", Outcome::Failed("no cgroup2".into()));
+    single.assert_status(TaskState::Rejected, "preparing", "no cgroup2");
+}
+
 /// What exists of one task in the simulated node.
 #[derive(Debug, Default, Clone)]
 struct Real {
@@ -610,6 +680,7 @@ impl Real {
                 self.starts += 1;
                 Outcome::Started(1)
             }
+            Step::Pause => Outcome::Done,
             Step::Look(_) => Outcome::Looked(Sockets::default(), Duration::from_millis(100)),
             Step::Watch => match &self.ended {
                 Some(exit) => Outcome::Ended(exit.clone()),

@@ -39,6 +39,8 @@ pub use self::{report::StatusFeed, sockets::Sockets};
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a watch that failed for another reason than the task's end waits before it goes on.
 const WATCH_RETRY: Duration = Duration::from_secs(1);
+/// Without a session for this long, the node restarts its tasks itself.
+const ALONE_AFTER: Duration = Duration::from_secs(5);
 
 /// Plugs tasks into their networks.
 #[async_trait]
@@ -118,6 +120,7 @@ pub struct AgentHandle {
     inputs: mpsc::UnboundedSender<Input>,
     view: watch::Receiver<Arc<AgentView>>,
     executor: Arc<dyn Executor>,
+    managed: Arc<watch::Sender<bool>>,
 }
 
 impl std::fmt::Debug for AgentHandle {
@@ -129,6 +132,7 @@ impl std::fmt::Debug for AgentHandle {
 enum Input {
     Assign(Vec<TaskAssignment>),
     Outcome(TaskId, Outcome),
+    Managed(bool),
 }
 
 impl Agent {
@@ -156,11 +160,45 @@ impl Agent {
             publisher,
         };
         tokio::spawn(driver.run(receiver));
-        Ok(AgentHandle { inputs, view, executor })
+        // No session yet, which is no news until it stays so.
+        let (managed, changes) = watch::channel(false);
+        tokio::spawn(tell_managed(changes, inputs.downgrade()));
+        Ok(AgentHandle { inputs, view, executor, managed: Arc::new(managed) })
+    }
+}
+
+/// Passes on whether there are managers: at once that there are, late that there are none.
+async fn tell_managed(
+    mut managed: watch::Receiver<bool>,
+    inputs: mpsc::WeakUnboundedSender<Input>,
+) {
+    loop {
+        if managed.wait_for(|managed| !managed).await.is_err() {
+            return;
+        }
+        if let Ok(back) = timeout(ALONE_AFTER, managed.wait_for(|managed| *managed)).await {
+            if back.is_err() {
+                return;
+            }
+            continue;
+        }
+        let tell = |managed| match inputs.upgrade() {
+            Some(inputs) => inputs.send(Input::Managed(managed)).is_ok(),
+            None => false,
+        };
+        if !tell(false) || managed.wait_for(|managed| *managed).await.is_err() || !tell(true) {
+            return;
+        }
     }
 }
 
 impl AgentHandle {
+    /// Whether this node has a session with a manager. When it had none for a while, tasks that end
+    /// are started again here, as their services say, until there is one.
+    pub fn set_managed(&self, managed: bool) {
+        self.managed.send_if_modified(|old| std::mem::replace(old, managed) != managed);
+    }
+
     /// Gives the agent the whole set of this node's tasks. What is not in it is stopped and
     /// removed.
     pub fn assign(&self, set: Vec<TaskAssignment>) {
@@ -260,6 +298,7 @@ impl Driver {
     fn handle(&mut self, input: Input) {
         match input {
             Input::Assign(set) => self.core.handle_assign(now_ms(), set),
+            Input::Managed(managed) => self.core.handle_managed(now_ms(), managed),
             Input::Outcome(task, outcome) => self.core.handle_outcome(now_ms(), task, outcome),
         }
     }
@@ -348,7 +387,7 @@ impl Hands {
             Step::Detach => self.plumber.detach(task).await?,
             Step::Stop { signal, grace } => self.executor.stop(task, signal, grace).await?,
             Step::Remove => self.executor.remove(task).await?,
-            Step::Watch | Step::Look(_) => {}
+            Step::Watch | Step::Look(_) | Step::Pause => {}
         }
         Ok(Outcome::Done)
     }
@@ -378,6 +417,7 @@ impl Step {
             Self::Stop { .. } => "stopping",
             Self::Detach => "detaching the network",
             Self::Remove => "removing",
+            Self::Pause => "pausing",
         }
     }
 }

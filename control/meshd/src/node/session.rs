@@ -61,7 +61,9 @@ impl Session {
         loop {
             for manager in self.candidates() {
                 let began = clock::monotonic();
-                match self.with(manager).await {
+                let ended = self.with(manager).await;
+                self.agent.set_managed(false);
+                match ended {
                     Ok(()) => tracing::info!(%manager, "the manager ended the session"),
                     Err(error) if is_removed(&error) => self.removed(),
                     Err(error) => {
@@ -120,6 +122,7 @@ impl Session {
         let reports = tokio::spawn(async move { reporter.run().await });
         let _abort = AbortOnDrop(reports.abort_handle());
         tracing::info!(%manager, "session");
+        self.agent.set_managed(true);
         loop {
             let update = tokio::time::timeout(SILENCE, updates.next())
                 .await
