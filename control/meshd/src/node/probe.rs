@@ -251,7 +251,7 @@ impl Shell {
                 received = self.socket.recv_from(&mut buffer) => {
                     // An ICMP error of an earlier probe comes back here: silence says the same.
                     let Ok((length, from)) = received else { continue };
-                    let reply = decode_reply(self.own, &buffer[..length]);
+                    let reply = decode_reply(&buffer[..length]);
                     if let Some((peer, nonce)) = reply.filter(|_| from.port() == self.port) {
                         self.probes.answered(clock::monotonic(), peer, from.ip(), nonce);
                         self.publish();
