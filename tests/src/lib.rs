@@ -6,4 +6,5 @@
 
 pub mod cases;
 pub mod cluster;
+pub mod load;
 pub mod runner;

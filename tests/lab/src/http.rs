@@ -95,7 +95,11 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Re
     answer.json()
 }
 
-fn parse(raw: &[u8]) -> Result<Answer> {
+/// Reads a whole answer.
+///
+/// # Errors
+/// When it is not HTTP, or ends early.
+pub fn parse(raw: &[u8]) -> Result<Answer> {
     let end = raw.windows(4).position(|w| w == b"\r\n\r\n").context("no end of headers")?;
     let head = std::str::from_utf8(&raw[..end]).context("headers are not text")?;
     let mut body = &raw[end + 4..];

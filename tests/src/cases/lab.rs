@@ -14,11 +14,15 @@ use mesh_lab::{LabName, NodeState};
 use serde_json::Value;
 
 use super::group;
-use crate::cluster::{Cluster, SOON, eventually, field, list, run};
+use crate::{
+    cluster::{Cluster, SOON, eventually, field, list, run},
+    load::{Load, Outcome, RATE},
+};
 
 group!("lab": ps_as_the_contract_says, exec_is_the_command, env_points_at_the_node, links_are_cut,
     daemons_and_machines_end_and_return, the_world_outside, a_taken_name_is_refused,
-    without_root_nothing_changes, nothing_is_left, killed_half_way, later_commands_are_refused);
+    without_root_nothing_changes, nothing_is_left, killed_half_way, later_commands_are_refused,
+    a_load_is_the_clients_and_tells_what_failed);
 
 fn lab_command(c: &Cluster, line: &str) -> Result<crate::cluster::Ran> {
     c.meshctl("m1", &format!("lab --name {} {line}", c.lab.name()))
@@ -284,5 +288,23 @@ fn later_commands_are_refused(c: &Cluster) -> Result<()> {
     ] {
         lab_command(c, command)?.refused(&["due with a later version"])?;
     }
+    Ok(())
+}
+
+/// The client's own servers are all that there is to ask in a lab without a cluster.
+fn a_load_is_the_clients_and_tells_what_failed(c: &Cluster) -> Result<()> {
+    let for_a_second = |port| -> Result<_> {
+        let load = Load::through(c, &[mesh_lab::topology::CLIENT], port, RATE)?;
+        // A second's worth of load is what is measured, not a condition to wait for.
+        thread::sleep(Duration::from_secs(1));
+        load.stop()
+    };
+    let good = for_a_second(80)?;
+    good.none_failed()?;
+    let sent = good.requests.len();
+    ensure!((200..=400).contains(&sent), "{sent} requests in a second, asked for {RATE}");
+    let bad = for_a_second(81)?;
+    ensure!(bad.failed.len() == bad.requests.len() && !bad.failed.is_empty(), "{bad}");
+    ensure!(bad.failed.iter().all(|request| request.outcome == Outcome::Refused), "{bad}");
     Ok(())
 }
