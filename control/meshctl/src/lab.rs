@@ -7,16 +7,21 @@
 //! namespaces.
 
 use std::{
+    fs::File,
     io::{self, IsTerminal, Write},
-    os::unix::process::CommandExt,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::PathBuf,
     process::{Command, ExitCode},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
-use mesh_lab::{DaemonSignal, Lab, LabName, Row, Topology, UpOptions};
+use mesh_lab::{DaemonSignal, Impairment, Lab, LabName, Role, Row, Share, Topology, UpOptions};
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::SignalFd,
+};
 
 /// What tells `meshctl` and `docker` which daemon to speak to.
 const HOST_VARIABLES: [&str; 2] = ["MESH_HOST", "DOCKER_HOST"];
@@ -69,15 +74,39 @@ enum LabCommand {
         action: LinkAction,
     },
     /// Split the underlay into groups
-    Partition(Later),
+    ///
+    /// Groups are lists such as `m1,w1`. Who is in no group reaches all and is reached by all;
+    /// the client is behind the router, and is cut off with it if that is named. A partition takes
+    /// the place of an earlier one.
+    Partition {
+        /// Two groups or more
+        #[arg(required = true, value_name = "GROUP")]
+        groups: Vec<String>,
+        /// Only what the first group sends to the others is lost
+        #[arg(long)]
+        one_way: bool,
+    },
     /// End a partition
-    Heal(Later),
+    Heal,
     /// Capture a node's underlay traffic
-    Capture(Later),
+    Capture {
+        /// The node
+        node: String,
+        /// Write it to FILE; without it, to the standard output if that is no terminal
+        #[arg(short, long, value_name = "FILE")]
+        write: Option<PathBuf>,
+    },
     /// Add a node to a running lab
-    AddNode(Later),
+    AddNode {
+        /// A manager in place of a worker
+        #[arg(long)]
+        manager: bool,
+    },
     /// Remove a node from a running lab
-    RmNode(Later),
+    RmNode {
+        /// The node
+        node: String,
+    },
     /// Remove a lab and everything that it left
     Down {
         /// Every lab on this machine
@@ -89,7 +118,11 @@ enum LabCommand {
     Init { machine: String },
     /// Turns into the daemon of a node
     #[command(hide = true)]
-    Daemon { node: String },
+    Daemon {
+        node: String,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        extra: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -112,11 +145,34 @@ struct UpArgs {
     meshd_arg: Vec<String>,
 }
 
-/// Takes any arguments of a command that is not there yet, so that the refusal is by its name.
+/// In place of what was wrong with the link before; in each direction, by wire packet.
 #[derive(Debug, Args)]
-struct Later {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    _any: Vec<String>,
+struct ImpairArgs {
+    /// Packets dropped (5%)
+    #[arg(long, value_name = "SHARE")]
+    loss: Option<Share>,
+    /// Packets come so much later (20ms)
+    #[arg(long, value_name = "TIME", value_parser = mesh_lab::parse_delay)]
+    delay: Option<Duration>,
+    /// The delay varies by so much (5ms)
+    #[arg(long, value_name = "TIME", value_parser = mesh_lab::parse_delay)]
+    jitter: Option<Duration>,
+    /// Packets that overtake the delayed ones (1%)
+    #[arg(long, value_name = "SHARE")]
+    reorder: Option<Share>,
+    /// Packets that come twice (1%)
+    #[arg(long, value_name = "SHARE")]
+    duplicate: Option<Share>,
+    /// Bits per second at most (100mbit)
+    #[arg(long, value_name = "RATE", value_parser = mesh_lab::parse_rate)]
+    rate: Option<u64>,
+}
+
+impl From<ImpairArgs> for Impairment {
+    fn from(args: ImpairArgs) -> Self {
+        let ImpairArgs { loss, delay, jitter, reorder, duplicate, rate } = args;
+        Self { loss, delay, jitter, reorder, duplicate, rate }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -146,9 +202,9 @@ enum LinkAction {
     /// Restore it
     Up,
     /// Make it bad
-    Impair(Later),
+    Impair(ImpairArgs),
     /// Make it good again
-    Clear(Later),
+    Clear,
 }
 
 /// Runs one `meshctl lab` command. `exec` does not come back: the process becomes the command.
@@ -169,24 +225,50 @@ pub(crate) fn run(args: LabArgs) -> Result<ExitCode> {
         LabCommand::Link { node, action } => match action {
             LinkAction::Down => Lab::open(&name)?.set_link(&node, false)?,
             LinkAction::Up => Lab::open(&name)?.set_link(&node, true)?,
-            LinkAction::Impair(_) => later("lab link NODE impair")?,
-            LinkAction::Clear(_) => later("lab link NODE clear")?,
+            LinkAction::Impair(args) => Lab::open(&name)?.impair(&node, args.into())?,
+            LinkAction::Clear => Lab::open(&name)?.clear(&node)?,
         },
-        LabCommand::Partition(_) => later("lab partition")?,
-        LabCommand::Heal(_) => later("lab heal")?,
-        LabCommand::Capture(_) => later("lab capture")?,
-        LabCommand::AddNode(_) => later("lab add-node")?,
-        LabCommand::RmNode(_) => later("lab rm-node")?,
+        LabCommand::Partition { groups, one_way } => {
+            let names = |group: &String| group.split(',').map(str::to_owned).collect();
+            let groups: Vec<_> = groups.iter().map(names).collect();
+            Lab::open(&name)?.partition(&groups, one_way)?;
+        }
+        LabCommand::Heal => Lab::open(&name)?.heal()?,
+        LabCommand::Capture { node, write } => capture(&Lab::open(&name)?, &node, write)?,
+        LabCommand::AddNode { manager } => {
+            let role = if manager { Role::Manager } else { Role::Worker };
+            let node = Lab::open(&name)?.add_node(role)?;
+            say(&format!("{}\n", node.name))?;
+        }
+        LabCommand::RmNode { node } => Lab::open(&name)?.remove_node(&node)?,
         LabCommand::Down { all: false } => down(&name)?,
         LabCommand::Down { all: true } => down_all()?,
         LabCommand::Init { machine } => mesh_lab::run_init(&name, &machine)?,
-        LabCommand::Daemon { node } => return Err(daemon(&name, &node)?),
+        LabCommand::Daemon { node, extra } => return Err(daemon(&name, &node, &extra)?),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn later(command: &str) -> Result<()> {
-    bail!("`{command}` is due with a later version")
+/// Captures until Ctrl-C or SIGTERM, which then are no deaths but a word to stop.
+fn capture(lab: &Lab, node: &str, file: Option<PathBuf>) -> Result<()> {
+    if file.is_none() && io::stdout().is_terminal() {
+        bail!(
+            "pcap is nothing to read on a terminal: write it to a file with -w FILE, or pipe it \
+             (… | tcpdump -nr -)"
+        );
+    }
+    lab.node(node)?;
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    signals.thread_block().context("block signals")?;
+    let stop = SignalFd::new(&signals).context("wait for signals")?;
+    let mut out: Box<dyn Write + Send> = match &file {
+        Some(path) => {
+            let file = File::create(path).with_context(|| format!("make {}", path.display()))?;
+            Box::new(io::BufWriter::new(file))
+        }
+        None => Box::new(io::BufWriter::new(io::stdout())),
+    };
+    lab.capture(node, &mut out, stop.as_fd())
 }
 
 fn up(name: &LabName, args: UpArgs) -> Result<()> {
@@ -301,9 +383,9 @@ fn path_with(dir: Option<&std::path::Path>) -> std::ffi::OsString {
 }
 
 /// Becomes the daemon of a node; only an error comes back.
-fn daemon(name: &LabName, node: &str) -> Result<anyhow::Error> {
+fn daemon(name: &LabName, node: &str, extra: &[String]) -> Result<anyhow::Error> {
     let lab = Lab::open(name)?;
-    let mut meshd = lab.daemon_command(node)?;
+    let mut meshd = lab.daemon_command(node, extra)?;
     mesh_lab::enter(name, lab.places(), node)?;
     std::env::set_current_dir("/").context("go to /")?;
     let error = meshd.exec();

@@ -59,6 +59,45 @@ fn join_one(places: &Places, first: &Member, node: &Member, tokens: &Value) -> R
     Ok(())
 }
 
+/// A node of the cluster that `nodes` form whose word counts: a manager with a majority behind it.
+pub(crate) fn find_manager<'a>(places: &Places, nodes: &'a [Member]) -> Option<&'a Member> {
+    nodes.iter().find(|node| http::call(&places.socket(&node.name), "GET", "/nodes", None).is_ok())
+}
+
+/// Whether the node's daemon says that it is in a cluster.
+pub(crate) fn is_in_one(places: &Places, node: &Member) -> bool {
+    http::call(&places.socket(&node.name), "GET", "/info", None)
+        .is_ok_and(|info| info["Swarm"]["LocalNodeState"] == "active")
+}
+
+/// Takes `node` out of the cluster that `manager` is of: it leaves if it can, then it is removed.
+pub(crate) fn remove(places: &Places, manager: &Member, node: &Member, runs: bool) -> Result<()> {
+    let id = id_of(places, manager, &node.name)?;
+    if runs {
+        http::call(&places.socket(&node.name), "POST", "/swarm/leave?force=true", None)
+            .with_context(|| format!("make {} leave the cluster", node.name))?;
+    }
+    let Some(id) = id else { return Ok(()) };
+    let path = format!("/nodes/{id}?force=true");
+    let mut said = String::new();
+    let removed =
+        wait_for(&format!("{} to remove {}", manager.name, node.name), READY_DEADLINE, || {
+            // While the quorum changes there may be no majority for a moment.
+            if let Err(e) = http::call(&places.socket(&manager.name), "DELETE", &path, None) {
+                said = format!("{e:#}");
+            }
+            Ok(matches!(id_of(places, manager, &node.name), Ok(None)))
+        });
+    removed.with_context(|| format!("the last that {} said: {said}", manager.name))
+}
+
+fn id_of(places: &Places, manager: &Member, name: &str) -> Result<Option<String>> {
+    let listed = http::call(&places.socket(&manager.name), "GET", "/nodes", None)?;
+    let listed = listed.as_array().map(Vec::as_slice).unwrap_or_default();
+    let node = listed.iter().find(|entry| entry["Description"]["Hostname"] == name);
+    Ok(node.and_then(|entry| entry["ID"].as_str()).map(str::to_owned))
+}
+
 /// Waits until `first` lists every one of `nodes` as ready, managers as reachable.
 pub(crate) fn wait_until_ready(places: &Places, first: &Member, nodes: &[Member]) -> Result<()> {
     let socket = places.socket(&first.name);

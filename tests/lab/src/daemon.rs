@@ -51,12 +51,19 @@ pub(crate) fn pid(places: &Places, node: &str) -> Option<Pid> {
 }
 
 /// Starts a node's daemon inside its machine, without waiting for it.
-pub(crate) fn spawn(record: &Record, lab: &LabName, places: &Places, node: &str) -> Result<()> {
+pub(crate) fn spawn(
+    record: &Record,
+    lab: &LabName,
+    places: &Places,
+    node: &str,
+    extra: &[&str],
+) -> Result<()> {
     let path = places.log(node);
     let log = File::options().create(true).append(true).open(&path);
     let log = log.with_context(|| format!("open {}", path.display()))?;
     let child = Command::new(&record.meshctl)
         .args(["lab", "--name", lab.as_str(), "daemon", node])
+        .args(extra)
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("share the log")?)
         .stderr(log)
@@ -68,7 +75,12 @@ pub(crate) fn spawn(record: &Record, lab: &LabName, places: &Places, node: &str)
 }
 
 /// The command that a node's daemon is.
-pub(crate) fn command(record: &Record, places: &Places, node: &Member) -> Command {
+pub(crate) fn command(
+    record: &Record,
+    places: &Places,
+    node: &Member,
+    extra: &[String],
+) -> Command {
     let mut meshd = Command::new(&record.meshd);
     let path_dir = record.meshctl.parent().map(OsString::from).unwrap_or_default();
     meshd
@@ -88,6 +100,7 @@ pub(crate) fn command(record: &Record, places: &Places, node: &Member) -> Comman
         .arg(path_dir)
         .args(["--conntrack-entries", CONNTRACK_ENTRIES])
         .args(&record.meshd_args)
+        .args(extra)
         .env_remove("MESH_HOST")
         .env_remove("DOCKER_HOST");
     meshd

@@ -32,8 +32,12 @@ const LATENCY: &str = "50ms";
 /// Packets that a delayed link holds: 1 s at 100,000 a second.
 const HELD_MAX: &str = "100000";
 /// What makes one packet of many, or many of one: off while a link is impaired.
-const OFFLOADS: [&str; 3] =
-    ["tcp-segmentation-offload", "generic-segmentation-offload", "generic-receive-offload"];
+const OFFLOADS: [&str; 4] = [
+    "tcp-segmentation-offload",
+    "generic-segmentation-offload",
+    "generic-receive-offload",
+    "tx-udp-segmentation",
+];
 
 /// A share of packets, in parts of a million; read from `5%`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +53,8 @@ impl FromStr for Share {
 
     fn from_str(text: &str) -> Result<Self> {
         let wrong = || format!("{text:?} is no share of packets: say 5% or 0.1%, at most 100%");
-        let number: f64 = text.strip_suffix('%').and_then(|n| n.parse().ok()).with_context(wrong)?;
+        let number: f64 =
+            text.strip_suffix('%').and_then(|n| n.parse().ok()).with_context(wrong)?;
         ensure!((0.0..=100.0).contains(&number), wrong());
         #[expect(
             clippy::cast_possible_truncation,
@@ -85,8 +90,7 @@ pub fn parse_delay(text: &str) -> Result<Duration> {
 /// # Errors
 /// When it is none.
 pub fn parse_rate(text: &str) -> Result<u64> {
-    let units =
-        [("bit", 1), ("kbit", 1000), ("mbit", 1_000_000), ("gbit", 1_000_000_000)];
+    let units = [("bit", 1), ("kbit", 1000), ("mbit", 1_000_000), ("gbit", 1_000_000_000)];
     match with_unit(text, &units) {
         Some(rate) if rate >= 8000 => Ok(rate),
         _ => bail!("{text:?} is no rate: say 500kbit, 100mbit or 1gbit, at least 8kbit"),
@@ -220,7 +224,9 @@ impl Partition {
         let Self { groups, one_way } = self;
         let pairs = groups.iter().enumerate().flat_map(move |(i, from)| {
             let others = groups.iter().enumerate();
-            others.filter(move |(j, _)| i != *j && (!one_way || i == 0)).map(move |(_, to)| (from, to))
+            others
+                .filter(move |(j, _)| i != *j && (!one_way || i == 0))
+                .map(move |(_, to)| (from, to))
         });
         pairs.flat_map(|(from, to)| {
             from.iter().flat_map(move |a| to.iter().map(move |b| (a.as_str(), b.as_str())))
@@ -304,6 +310,7 @@ impl Faults {
         let script = self.script();
         wire::on_thread_in(router, || {
             fed(Command::new("nft").args(["-f", "-"]), &script)
+                .map(drop)
                 .context("set what the underlay switch drops")
         })
     }
@@ -354,9 +361,7 @@ impl Faults {
 /// The offloads of a link, in the calling thread's namespace, that are on and can be changed.
 fn offloads_on(link: &str) -> Result<Vec<String>> {
     let listed = fed(Command::new("ethtool").args(["-k", link]), "")?;
-    let on = |name: &&&str| {
-        listed.lines().any(|line| line.trim() == format!("{name}: on"))
-    };
+    let on = |name: &&&str| listed.lines().any(|line| line.trim() == format!("{name}: on"));
     Ok(OFFLOADS.iter().filter(on).map(|&name| name.to_owned()).collect())
 }
 
@@ -468,10 +473,7 @@ mod tests {
         let loss = Impairment { loss: Some(Share(10)), ..Impairment::default() };
         assert_eq!(loss.discipline(), None);
         let both = Impairment { delay: Some(Duration::from_millis(20)), ..rate };
-        assert_eq!(
-            both.discipline().unwrap(),
-            "netem limit 100000 delay 20000us rate 8000000bit"
-        );
+        assert_eq!(both.discipline().unwrap(), "netem limit 100000 delay 20000us rate 8000000bit");
         assert!(Impairment::default().check().is_err());
         let jitter = Impairment { jitter: Some(Duration::from_millis(1)), ..loss };
         assert!(jitter.check().unwrap_err().to_string().contains("--delay"));

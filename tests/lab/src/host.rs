@@ -71,6 +71,12 @@ impl Places {
         self.run.join(format!("{node}.sock"))
     }
 
+    /// A machine's own `/etc/WHAT`.
+    #[must_use]
+    pub(crate) fn machine_file(&self, member: &str, what: &str) -> PathBuf {
+        self.run.join(format!("{member}.{what}"))
+    }
+
     /// The state directory of a node's daemon.
     #[must_use]
     pub fn state_dir(&self, node: &str) -> PathBuf {

@@ -51,7 +51,7 @@ fn set_up(lab: &LabName, name: &str) -> Result<Option<Outside>> {
     // First of all, so that `down` ends this process from here on, whoever dies in between.
     join_cgroup(&places.system_cgroup(name))?;
     let record = Record::read(&places)?;
-    let members = record.topology.members();
+    let members = record.members();
     let me = members.iter().find(|m| m.name == name).context("not a machine of this lab")?;
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS)
         .context("make namespaces")?;
@@ -97,25 +97,41 @@ fn set_files(places: &Places, me: &Member, members: &[Member]) -> Result<()> {
     // long as this machine), what is mounted here does not show outside.
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
         .context("keep mounts apart from the host's")?;
-    let mut hosts = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n".to_owned();
-    for member in members {
-        let Member { name, address, address6, .. } = member;
-        hosts.push_str(&format!("{address} {name}\n{address6} {name}\n"));
-    }
     let files = [
         ("/etc/hostname", format!("{}\n", me.name)),
-        ("/etc/hosts", hosts),
+        ("/etc/hosts", hosts(members)),
         ("/etc/resolv.conf", format!("nameserver {CLIENT}\n")),
     ];
     for (target, text) in files {
         let base = target.trim_start_matches("/etc/");
-        let source = places.run.join(format!("{}.{base}", me.name));
+        let source = places.machine_file(&me.name, base);
         fs::write(&source, text).with_context(|| format!("write {}", source.display()))?;
         if !Path::new(target).exists() {
             continue;
         }
         mount(Some(&source), target, none, MsFlags::MS_BIND, none)
             .with_context(|| format!("put {} over {target}", source.display()))?;
+    }
+    Ok(())
+}
+
+fn hosts(members: &[Member]) -> String {
+    let mut hosts = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n".to_owned();
+    for member in members {
+        let Member { name, address, address6, .. } = member;
+        hosts.push_str(&format!("{address} {name}\n{address6} {name}\n"));
+    }
+    hosts
+}
+
+/// Tells every machine that is up of all machines: what they have mounted is written in place.
+pub(crate) fn update_hosts(places: &Places, members: &[Member]) -> Result<()> {
+    for member in members {
+        let path = places.machine_file(&member.name, "hosts");
+        if path.exists() {
+            fs::write(&path, hosts(members))
+                .with_context(|| format!("write {}", path.display()))?;
+        }
     }
     Ok(())
 }

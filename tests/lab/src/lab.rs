@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -11,11 +12,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cluster, daemon,
+    capture, cluster, daemon,
     daemon::DaemonSignal,
+    faults::{Faults, Impairment, Partition},
     host::{self, DirLock, Places},
-    http, machine, preflight,
-    topology::{LabName, Member, Role, Topology},
+    http, init, machine, preflight,
+    topology::{self, LabName, MANAGERS_MAX, Member, Role, Topology, WORKERS_MAX},
     wire,
 };
 
@@ -39,9 +41,21 @@ pub(crate) struct Record {
     pub(crate) meshctl: PathBuf,
     pub(crate) meshd: PathBuf,
     pub(crate) meshd_args: Vec<String>,
+    /// Names of the nodes that there are now.
+    nodes: Vec<String>,
+    #[serde(default)]
+    pub(crate) faults: Faults,
 }
 
 impl Record {
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = Member> {
+        self.nodes.iter().filter_map(|name| Member::named(name))
+    }
+
+    pub(crate) fn members(&self) -> Vec<Member> {
+        self.nodes().chain(topology::outside()).collect()
+    }
+
     pub(crate) fn read(places: &Places) -> Result<Self> {
         let path = places.record();
         let text = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
@@ -130,7 +144,9 @@ impl Lab {
         let Some(_lock) = DirLock::try_now(&places.run)? else {
             bail!("another `meshctl lab` is at work on lab {name}; try again when it is done");
         };
-        let record = Record { topology, meshctl, meshd, meshd_args };
+        let nodes = topology.nodes().map(|node| node.name).collect();
+        let faults = Faults::default();
+        let record = Record { topology, meshctl, meshd, meshd_args, nodes, faults };
         record.write(&places)?;
         let lab = Self { name: name.clone(), places, record };
         lab.build(progress)?;
@@ -173,7 +189,7 @@ impl Lab {
         progress(&format!("underlay 192.0.2.0/24, 2001:db8:1::/64, MTU {mtu}"));
 
         let nodes = self.nodes();
-        in_parallel(&nodes, |node| self.start_daemon(node))?;
+        in_parallel(&nodes, |node| self.start_daemon(node, &[]))?;
         progress(&format!("{} daemons answer", nodes.len()));
         Ok(())
     }
@@ -184,10 +200,10 @@ impl Lab {
         wire::connect(&router, member, &netns, &self.record.topology)
     }
 
-    fn start_daemon(&self, node: &Member) -> Result<()> {
+    fn start_daemon(&self, node: &Member, extra: &[&str]) -> Result<()> {
         let state_dir = self.places.state_dir(&node.name);
         fs::create_dir_all(&state_dir).with_context(|| format!("make {}", state_dir.display()))?;
-        daemon::spawn(&self.record, &self.name, &self.places, &node.name)?;
+        daemon::spawn(&self.record, &self.name, &self.places, &node.name, extra)?;
         daemon::wait_until_up(&self.places, &node.name)
     }
 
@@ -223,16 +239,21 @@ impl Lab {
         self.record.topology
     }
 
-    /// All machines.
+    /// What is remembered of it now: another process may have made it grow or shrink.
+    fn record_now(&self) -> Record {
+        Record::read(&self.places).unwrap_or_else(|_| self.record.clone())
+    }
+
+    /// All machines that there are now.
     #[must_use]
     pub fn members(&self) -> Vec<Member> {
-        self.record.topology.members()
+        self.record_now().members()
     }
 
     /// The machines that run a daemon.
     #[must_use]
     pub fn nodes(&self) -> Vec<Member> {
-        self.record.topology.nodes().collect()
+        self.record_now().nodes().collect()
     }
 
     /// A machine by name.
@@ -325,8 +346,29 @@ impl Lab {
     ///
     /// # Errors
     /// When there is no such node.
-    pub fn daemon_command(&self, node: &str) -> Result<Command> {
-        Ok(daemon::command(&self.record, &self.places, &self.node(node)?))
+    pub fn daemon_command(&self, node: &str, extra: &[String]) -> Result<Command> {
+        Ok(daemon::command(&self.record, &self.places, &self.node(node)?, extra))
+    }
+
+    /// Ends a node's daemon if it runs, and starts it with arguments added to its own, this once.
+    ///
+    /// # Errors
+    /// When there is no such node, its machine is down, or the daemon does not answer in time.
+    pub fn restart_daemon_with(&self, node: &str, extra_args: &[&str]) -> Result<()> {
+        let node = self.node(node)?;
+        let _lock = DirLock::wait(&self.places.run)?;
+        self.must_be_up(&node)?;
+        daemon::end(&self.places, &node.name, DaemonSignal::Stop)?;
+        self.start_daemon(&node, extra_args)
+    }
+
+    fn must_be_up(&self, node: &Member) -> Result<()> {
+        let Member { name, .. } = node;
+        ensure!(
+            machine::init_pid(&self.places, name).is_some(),
+            "{name} is down; `meshctl lab node {name} start` brings it back"
+        );
+        Ok(())
     }
 
     /// Ends a node's daemon; its tasks run on.
@@ -350,9 +392,11 @@ impl Lab {
             self.clear_machine(&node)?;
             machine::boot(&self.record.meshctl, &self.name, &self.places, &node.name)?;
             self.connect(&node)?;
+            let (router, netns) = self.ends(&node.name)?;
+            self.record_now().faults.impair_link(&router, &netns, &node.name)?;
         }
         if daemon::pid(&self.places, &node.name).is_none() {
-            self.start_daemon(&node)?;
+            self.start_daemon(&node, &[])?;
         }
         Ok(())
     }
@@ -393,13 +437,175 @@ impl Lab {
     pub fn set_link(&self, node: &str, up: bool) -> Result<()> {
         let node = self.node(node)?;
         let _lock = DirLock::wait(&self.places.run)?;
-        ensure!(
-            machine::init_pid(&self.places, &node.name).is_some(),
-            "{} is down; `meshctl lab node {} start` brings it back",
-            node.name,
-            node.name
-        );
+        self.must_be_up(&node)?;
         wire::set_port(&machine::open_netns(&self.name, "router")?, &node.name, up)
+    }
+
+    /// The namespaces of the two ends of a node's link: the switch's, the node's.
+    fn ends(&self, node: &str) -> Result<(fs::File, fs::File)> {
+        Ok((machine::open_netns(&self.name, "router")?, machine::open_netns(&self.name, node)?))
+    }
+
+    /// Splits the underlay into groups of machines that do not reach each other; with `one_way`
+    /// only what the first group sends to the others is lost. It takes the place of an earlier
+    /// partition. A machine in no group reaches all and is reached by all; the client is behind
+    /// the router and is cut off with it, if that is named.
+    ///
+    /// # Errors
+    /// Before anything was changed: with fewer than two groups, and names that are unknown or
+    /// twice there.
+    pub fn partition(&self, groups: &[Vec<String>], one_way: bool) -> Result<()> {
+        let _lock = DirLock::wait(&self.places.run)?;
+        let mut record = Record::read(&self.places)?;
+        record.faults.partition = Some(Partition::new(groups, one_way, &record.members())?);
+        self.apply_faults(&record)
+    }
+
+    /// Ends a partition; without one there is nothing to do. Impaired links stay so.
+    ///
+    /// # Errors
+    /// When the switch will not change.
+    pub fn heal(&self) -> Result<()> {
+        let _lock = DirLock::wait(&self.places.run)?;
+        let mut record = Record::read(&self.places)?;
+        record.faults.partition = None;
+        self.apply_faults(&record)
+    }
+
+    /// Makes the switch do as the record says, and remembers it.
+    fn apply_faults(&self, record: &Record) -> Result<()> {
+        record.faults.apply(&machine::open_netns(&self.name, "router")?)?;
+        record.write(&self.places)
+    }
+
+    /// Makes a node's link bad, in place of what was wrong with it before.
+    ///
+    /// # Errors
+    /// Before anything was changed: when there is no such node, its machine is down, or this
+    /// machine cannot do what is asked.
+    pub fn impair(&self, node: &str, impairment: Impairment) -> Result<()> {
+        let node = self.node(node)?;
+        impairment.check()?;
+        let _lock = DirLock::wait(&self.places.run)?;
+        self.must_be_up(&node)?;
+        let mut record = Record::read(&self.places)?;
+        let (router, netns) = self.ends(&node.name)?;
+        record.faults.impaired.insert(node.name.clone(), impairment);
+        record.faults.impair_link(&router, &netns, &node.name)?;
+        self.apply_faults(&record)
+    }
+
+    /// Makes a node's link good again.
+    ///
+    /// # Errors
+    /// When there is no such node, or its machine is down.
+    pub fn clear(&self, node: &str) -> Result<()> {
+        let node = self.node(node)?;
+        let _lock = DirLock::wait(&self.places.run)?;
+        self.must_be_up(&node)?;
+        let mut record = Record::read(&self.places)?;
+        let (router, netns) = self.ends(&node.name)?;
+        record.faults.clear_link(&router, &netns, &node.name)?;
+        self.apply_faults(&record)
+    }
+
+    /// Writes what a node's underlay link carries to `out` as pcap, until `stop` is readable.
+    ///
+    /// # Errors
+    /// When there is no such node, its machine is down, or `out` takes no more.
+    pub fn capture(
+        &self,
+        node: &str,
+        out: &mut (dyn Write + Send),
+        stop: std::os::fd::BorrowedFd<'_>,
+    ) -> Result<()> {
+        let node = self.node(node)?;
+        self.must_be_up(&node)?;
+        let netns = machine::open_netns(&self.name, &node.name)?;
+        wire::on_thread_in(&netns, || capture::run(wire::UPLINK, out, stop))
+            .with_context(|| format!("capture on {}", node.name))
+    }
+
+    /// Adds the next node that is free. If the lab has a cluster the node joins it, and is waited
+    /// for until it is Ready.
+    ///
+    /// # Errors
+    /// When the lab is full, the cluster has no majority, or the node does not come up.
+    pub fn add_node(&self, role: Role) -> Result<Member> {
+        let (letter, max) = match role {
+            Role::Manager => ('m', MANAGERS_MAX),
+            Role::Worker => ('w', WORKERS_MAX),
+            Role::Client | Role::Router => bail!("a lab has one client and one router"),
+        };
+        let _lock = DirLock::wait(&self.places.run)?;
+        let mut record = Record::read(&self.places)?;
+        let others: Vec<_> = record.nodes().collect();
+        let free = (1..=max).map(|number| format!("{letter}{number}"));
+        let node = free
+            .filter(|name| !record.nodes.contains(name))
+            .find_map(|name| Member::named(&name))
+            .with_context(|| format!("lab {} has {max} {letter}s, and takes no more", self.name))?;
+        let in_cluster = others.iter().any(|other| cluster::is_in_one(&self.places, other));
+        let manager = cluster::find_manager(&self.places, &others);
+        ensure!(
+            manager.is_some() || !in_cluster,
+            "no manager of lab {} has a majority behind it, so nobody can join. Nothing was changed",
+            self.name
+        );
+        record.nodes.push(node.name.clone());
+        record.nodes.sort_by_key(|name| Member::named(name).map(|node| node.address));
+        record.write(&self.places)?;
+        init::update_hosts(&self.places, &record.members())?;
+        machine::boot(&self.record.meshctl, &self.name, &self.places, &node.name)?;
+        self.connect(&node)?;
+        self.start_daemon(&node, &[])?;
+        if let Some(manager) = manager {
+            cluster::join(&self.places, manager, std::slice::from_ref(&node))?;
+            cluster::wait_until_ready(&self.places, manager, std::slice::from_ref(&node))?;
+        }
+        Ok(node)
+    }
+
+    /// Takes a node out of the cluster, then out of the lab, with all that it has.
+    ///
+    /// # Errors
+    /// Before anything was changed: when there is no such node, it is the last manager, or no other
+    /// manager can remove it. Later: when the node does not leave, or something of it will not go.
+    pub fn remove_node(&self, node: &str) -> Result<()> {
+        let node = self.node(node)?;
+        let _lock = DirLock::wait(&self.places.run)?;
+        let mut record = Record::read(&self.places)?;
+        let others: Vec<_> = record.nodes().filter(|other| *other != node).collect();
+        ensure!(
+            others.iter().any(|other| other.role == Role::Manager),
+            "{} is the last manager of lab {}; `meshctl lab down` removes the whole lab",
+            node.name,
+            self.name
+        );
+        let in_cluster = std::iter::once(&node).chain(&others);
+        if in_cluster.into_iter().any(|one| cluster::is_in_one(&self.places, one)) {
+            let manager = cluster::find_manager(&self.places, &others).with_context(|| {
+                format!("no other manager can remove {}. Nothing was changed", node.name)
+            })?;
+            let runs = cluster::is_in_one(&self.places, &node);
+            cluster::remove(&self.places, manager, &node, runs)?;
+        }
+        self.clear_machine(&node)?;
+        let state = self.places.state_dir(&node.name);
+        if state.exists() {
+            fs::remove_dir_all(&state).with_context(|| format!("remove {}", state.display()))?;
+        }
+        for dir in [&self.places.run, &self.places.state] {
+            let prefix = format!("{}.", node.name);
+            for file in host::list(dir)?.iter().filter(|file| file.starts_with(&prefix)) {
+                let path = dir.join(file);
+                fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+            }
+        }
+        record.nodes.retain(|name| *name != node.name);
+        record.faults.forget(&node.name);
+        self.apply_faults(&record)?;
+        init::update_hosts(&self.places, &record.members())
     }
 
     /// The `meshctl` that this lab's machines are run by.

@@ -11,9 +11,11 @@
 //!
 //! Read [`topology`] for names and addresses, then [`Lab`].
 
+mod capture;
 mod cluster;
 mod daemon;
 mod down;
+mod faults;
 pub mod host;
 pub mod http;
 mod init;
@@ -26,6 +28,7 @@ mod wire;
 
 pub use daemon::DaemonSignal;
 pub use down::{down, known_labs};
+pub use faults::{Impairment, Share, parse_delay, parse_rate};
 pub use init::run_init;
 pub use lab::{Lab, NodeState, Row, UpOptions};
 pub use machine::enter;

@@ -165,6 +165,16 @@ pub struct Member {
 }
 
 impl Member {
+    /// The node of a name, `None` if it is no node's.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let role = Role::of_name(name).filter(|role| role.is_node())?;
+        let number = name.get(1..)?.parse().ok()?;
+        let max = if role == Role::Manager { MANAGERS_MAX } else { WORKERS_MAX };
+        let member = Self::node(role, number);
+        ((1..=max).contains(&number) && member.name == name).then_some(member)
+    }
+
     fn node(role: Role, number: u8) -> Self {
         let (letter, base) = if role == Role::Manager { ('m', 10) } else { ('w', 20) };
         let host = base + number;
@@ -244,16 +254,20 @@ impl Topology {
     /// All machines: nodes, client, router.
     #[must_use]
     pub fn members(&self) -> Vec<Member> {
-        let outside =
-            [("client", Role::Client, CLIENT, CLIENT6), ("router", Role::Router, ROUTER, ROUTER6)];
-        let outside = outside.map(|(name, role, address, address6)| Member {
-            name: name.to_owned(),
-            role,
-            address,
-            address6,
-        });
-        self.nodes().chain(outside).collect()
+        self.nodes().chain(outside()).collect()
     }
+}
+
+/// The machines that every lab has: client and router.
+pub(crate) fn outside() -> impl Iterator<Item = Member> {
+    let outside =
+        [("client", Role::Client, CLIENT, CLIENT6), ("router", Role::Router, ROUTER, ROUTER6)];
+    outside.into_iter().map(|(name, role, address, address6)| Member {
+        name: name.to_owned(),
+        role,
+        address,
+        address6,
+    })
 }
 
 #[cfg(test)]
@@ -286,6 +300,7 @@ mod tests {
         let members = largest.members();
         for (i, a) in members.iter().enumerate() {
             assert_eq!(Role::of_name(&a.name), Some(a.role));
+            assert_eq!(Member::named(&a.name).as_ref(), a.role.is_node().then_some(a));
             for b in &members[i + 1..] {
                 assert!(a.address != b.address && a.address6 != b.address6, "{a:?} {b:?}");
             }

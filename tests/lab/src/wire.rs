@@ -188,6 +188,17 @@ async fn add_address(
     request.execute().await.with_context(|| format!("add address {address}/{prefix}"))
 }
 
+/// Tries something out in a namespace that ends with the thread.
+pub(crate) fn probe(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    thread::scope(|scope| {
+        let probe = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("network namespaces")?;
+            work()
+        });
+        probe.join().map_err(|_| anyhow!("the probe panicked"))?
+    })
+}
+
 /// Tries out whether the kernel can make a switch, in a namespace that ends with the thread.
 pub(crate) fn probe_bridge() -> Result<()> {
     let probe = || {
