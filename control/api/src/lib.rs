@@ -31,9 +31,9 @@ pub use node::{
 };
 pub use own::{Counter, ExecRequest, Frame, FrameError, FrameKind, NodeStats, Status, StatusNode};
 pub use service::{
-    ContainerSpec, Endpoint, EndpointSpec, GlobalMode, NetworkTarget, Port, ReplicatedMode,
-    RestartPolicy, Service, ServiceCreated, ServiceMode, ServiceSpec, ServiceStatus, TaskTemplate,
-    VirtualIp,
+    ContainerSpec, Endpoint, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
+    ReplicatedMode, RestartPolicy, Service, ServiceCreated, ServiceMode, ServiceSpec,
+    ServiceStatus, TaskTemplate, UpdateConfig, UpdateStatus, VirtualIp,
 };
 pub use swarm::{
     CaConfig, ClusterSpec, Dispatcher, EncryptionConfig, JoinTokens, Orchestration, RaftConfig,

@@ -21,9 +21,27 @@ pub struct Service {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub previous_spec: Option<Value>,
     pub endpoint: Endpoint,
+    /// Of the last update or rollback, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_status: Option<UpdateStatus>,
     /// Only with `status=true`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service_status: Option<ServiceStatus>,
+}
+
+/// How an update goes or went.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+#[allow(missing_docs, reason = "the Engine API's own fields")]
+pub struct UpdateStatus {
+    /// `updating`, `paused`, `completed`, `rollback_started`, `rollback_paused` or
+    /// `rollback_completed`.
+    pub state: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completed_at: Option<String>,
+    pub message: String,
 }
 
 /// How far a service is.
@@ -94,7 +112,7 @@ pub struct Port {
 }
 
 /// What a user asks of a service.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 #[allow(missing_docs, reason = "the Engine API's own fields")]
 pub struct ServiceSpec {
@@ -102,11 +120,49 @@ pub struct ServiceSpec {
     pub labels: Map,
     pub task_template: TaskTemplate,
     pub mode: ServiceMode,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_config: Option<UpdateConfig>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollback_config: Option<UpdateConfig>,
     /// From clients before API 1.25; `TaskTemplate.Networks` wins.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkTarget>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint_spec: Option<EndpointSpec>,
+}
+
+/// How the tasks of a service are replaced. What is left out has Swarm's default.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+#[allow(missing_docs, reason = "the Engine API's own fields")]
+pub struct UpdateConfig {
+    /// 0: all at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallelism: Option<u64>,
+    /// Nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delay: Option<i64>,
+    /// `pause`, `continue` or `rollback`; empty: `pause`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub failure_action: String,
+    /// Nanoseconds; 0: the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<i64>,
+    /// 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_failure_ratio: Option<f64>,
+    /// `stop-first` or `start-first`; empty: `stop-first`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub order: String,
+}
+
+/// Which nodes may run a task.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Placement {
+    /// `node.labels.zone==a`; all must hold.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub constraints: Vec<String>,
 }
 
 /// What each task runs.
@@ -119,6 +175,8 @@ pub struct TaskTemplate {
     pub container_spec: Option<ContainerSpec>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkTarget>,
     pub force_update: u64,

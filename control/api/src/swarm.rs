@@ -57,6 +57,9 @@ pub struct ClusterSpec {
 #[allow(missing_docs, reason = "the Engine API's own fields")]
 pub struct Orchestration {
     pub task_history_retention_limit: Option<i64>,
+    /// Our own: how long a node must be silent before its tasks are replaced, in nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reschedule_after: Option<u64>,
 }
 
 /// See [`ClusterSpec`].

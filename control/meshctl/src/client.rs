@@ -1,6 +1,6 @@
 //! The HTTP client: one connection per request over the daemon's unix socket.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use http::{Method, Request, StatusCode, header};
@@ -13,6 +13,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use mesh_api::{API_VERSION, DEFAULT_SOCKET, ErrorBody};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use tokio::net::UnixStream;
 
 /// A daemon to speak to.
@@ -38,6 +39,17 @@ impl std::error::Error for Refused {}
 
 /// No body.
 pub(crate) const NOTHING: Option<&()> = None;
+
+/// How often an update is tried that others get in the way of.
+const TRIES: u32 = 5;
+/// Pause before the next try.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// Whether an update was refused because the object had changed since it was read.
+fn is_out_of_sequence(err: &anyhow::Error) -> bool {
+    err.downcast_ref::<Refused>()
+        .is_some_and(|refused| refused.message.contains("update out of sequence"))
+}
 
 impl Client {
     /// The daemon at `host`, else at MESH_HOST, DOCKER_HOST, or the default socket.
@@ -72,6 +84,43 @@ impl Client {
     /// `POST` whose answer says nothing.
     pub(crate) async fn tell(&self, path: &str, body: Option<&impl Serialize>) -> Result<()> {
         self.send(Method::POST, path, body).await.map(drop)
+    }
+
+    /// Reads an object at `path`, has its spec edited and writes it back; again, if somebody else
+    /// wrote it in between. Its id and the answer (null if there is none).
+    pub(crate) async fn modify(
+        &self,
+        kind: &str,
+        path: &str,
+        query: &str,
+        edit: impl Fn(&mut Value) -> Result<()>,
+    ) -> Result<(String, Value)> {
+        let mut tries = 0;
+        loop {
+            let mut object: Value = self.get(path).await?;
+            let mut spec = object["Spec"].take();
+            edit(&mut spec)?;
+            let (Some(id), Some(version)) =
+                (object["ID"].as_str(), object.pointer("/Version/Index").and_then(Value::as_u64))
+            else {
+                bail!("the daemon's answer to {path} has no id or version: is it another version?")
+            };
+            let update = format!("{kind}/{id}/update?version={version}&{query}");
+            tries += 1;
+            match self.send(Method::POST, &update, Some(&spec)).await {
+                Ok(answer) => {
+                    return Ok((
+                        id.to_owned(),
+                        serde_json::from_slice(&answer).unwrap_or_default(),
+                    ));
+                }
+                Err(err) if tries < TRIES && is_out_of_sequence(&err) => {
+                    // Another manager may take a moment to show what was written.
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(err) => return Err(err),
+            }
+        }
     }
 
     /// `DELETE`.

@@ -1,13 +1,17 @@
 //! `meshctl node`.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use mesh_api::{Info, Node, NodeStats};
+use serde_json::{Value, json};
 
 use crate::{
     client::{Client, escape, filter_query},
     output::{Format, InspectFormat, Table, for_each, natural, objects, say, title},
-    service::{inspect_all, key_values},
+    service::{
+        inspect_all, key_values,
+        ps::{self, TaskListArgs},
+    },
     swarm::Availability,
 };
 
@@ -37,6 +41,13 @@ pub(crate) enum Command {
     },
     /// Change a node's availability or labels
     Update(UpdateArgs),
+    /// List the tasks of nodes
+    Ps {
+        #[command(flatten)]
+        list: TaskListArgs,
+        /// Names or ids; `self`, or none: the node that is asked
+        nodes: Vec<String>,
+    },
     /// Remove nodes that are down from the cluster
     #[command(alias = "remove")]
     Rm {
@@ -92,6 +103,12 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
         Command::Inspect { nodes, format } => inspect(client, nodes, &format).await,
         Command::Stats { node, nonzero, format } => stats(client, node, nonzero, format).await,
         Command::Update(args) => update(client, args).await,
+        Command::Ps { list, mut nodes } => {
+            if nodes.is_empty() {
+                nodes.push("self".to_owned());
+            }
+            ps::of_nodes(client, &list, &resolved(client, nodes).await?).await
+        }
         Command::Rm { nodes, force } => {
             let query = if force { "?force=1" } else { "" };
             for_each(&nodes, async |node| {
@@ -131,7 +148,8 @@ async fn list(client: &Client, args: ListArgs) -> Result<()> {
     table.print(args.format)
 }
 
-async fn inspect(client: &Client, nodes: Vec<String>, format: &InspectFormat) -> Result<()> {
+/// With the id of the node that is asked in place of `self`.
+async fn resolved(client: &Client, nodes: Vec<String>) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for node in nodes {
         if node == "self" {
@@ -141,6 +159,11 @@ async fn inspect(client: &Client, nodes: Vec<String>, format: &InspectFormat) ->
             names.push(node);
         }
     }
+    Ok(names)
+}
+
+async fn inspect(client: &Client, nodes: Vec<String>, format: &InspectFormat) -> Result<()> {
+    let names = resolved(client, nodes).await?;
     let (found, failed) = inspect_all(client, &names, |name| format!("/nodes/{name}")).await;
     objects(&found, format)?;
     failed
@@ -171,14 +194,54 @@ fn kind(drop: bool) -> &'static str {
 }
 
 async fn update(client: &Client, args: UpdateArgs) -> Result<()> {
-    let node: Node = client.get(&format!("/nodes/{}", escape(&args.node))).await?;
-    let mut spec = node.spec;
-    if let Some(availability) = args.availability {
-        spec.availability = availability.word().into();
-    }
-    spec.labels.retain(|key, _| !args.label_rm.contains(key));
-    spec.labels.extend(key_values(&args.label_add));
-    let path = format!("/nodes/{}/update?version={}", node.id, node.version.index);
-    client.tell(&path, Some(&spec)).await?;
+    let path = format!("/nodes/{}", escape(&args.node));
+    client.modify("/nodes", &path, "", |spec| edit(spec, &args)).await?;
     say(args.node)
+}
+
+/// Makes of a spec what the flags say; fields unknown here survive.
+fn edit(spec: &mut Value, args: &UpdateArgs) -> Result<()> {
+    let Some(fields) = spec.as_object_mut() else { bail!("the node has no spec") };
+    if let Some(availability) = args.availability {
+        fields.insert("Availability".into(), json!(availability.word()));
+    }
+    let labels = fields.entry("Labels").or_insert(Value::Null);
+    if labels.is_null() {
+        *labels = json!({});
+    }
+    let Some(labels) = labels.as_object_mut() else { bail!("the node's labels are no object") };
+    for key in &args.label_rm {
+        labels.remove(key);
+    }
+    labels.extend(key_values(&args.label_add).map(|(key, value)| (key, json!(value))));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_update_changes_what_it_names_alone() {
+        let args = UpdateArgs {
+            availability: Some(Availability::Drain),
+            label_add: vec!["zone=a".into(), "ssd".into()],
+            label_rm: vec!["old".into(), "none".into()],
+            node: "n1".into(),
+        };
+        let mut spec = json!({
+            "Name": "x", "Role": "worker", "Availability": "active", "Unknown": [1],
+            "Labels": {"old": "1", "kept": "2", "zone": "b"},
+        });
+        edit(&mut spec, &args).unwrap();
+        let expected = json!({
+            "Name": "x", "Role": "worker", "Availability": "drain", "Unknown": [1],
+            "Labels": {"kept": "2", "zone": "a", "ssd": ""},
+        });
+        assert_eq!(spec, expected);
+        let mut bare = json!({"Labels": null});
+        edit(&mut bare, &args).unwrap();
+        assert_eq!(bare["Labels"]["zone"], "a");
+        assert!(edit(&mut Value::Null, &args).is_err());
+    }
 }

@@ -96,6 +96,10 @@ pub(crate) struct InitArgs {
     /// Ended tasks kept per slot
     #[arg(long, default_value_t = 5, value_name = "N")]
     task_history_limit: i64,
+    /// How long a node must be silent, its data path too, before its tasks are replaced; 15s if
+    /// not given
+    #[arg(long, value_parser = duration, value_name = "DURATION")]
+    reschedule_after: Option<u64>,
     /// Life of a node certificate
     #[arg(long, value_parser = duration, default_value = "2160h", value_name = "DURATION")]
     cert_expiry: u64,
@@ -141,6 +145,7 @@ async fn init(client: &Client, args: InitArgs) -> Result<()> {
         spec: ClusterSpec {
             orchestration: Orchestration {
                 task_history_retention_limit: Some(args.task_history_limit),
+                reschedule_after: args.reschedule_after,
             },
             ca_config: CaConfig { node_cert_expiry: args.cert_expiry },
             ..ClusterSpec::default()

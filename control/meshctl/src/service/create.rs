@@ -3,11 +3,11 @@
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use mesh_api::{
-    ContainerSpec, EndpointSpec, GlobalMode, NetworkTarget, Port, ReplicatedMode, RestartPolicy,
-    ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate,
+    ContainerSpec, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port, ReplicatedMode,
+    RestartPolicy, ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate, UpdateConfig,
 };
 
-use super::{duration, labels, progress, publish};
+use super::{duration, labels, policy::PolicyArgs, progress, publish};
 use crate::{Usage, client::Client, output::say};
 
 /// The container label that chooses the executor.
@@ -102,6 +102,11 @@ pub(crate) struct CreateArgs {
     /// How its name resolves
     #[arg(long, value_enum, default_value = "vip")]
     endpoint_mode: EndpointMode,
+    /// Run it only on nodes where this holds, like node.labels.zone==a (may be repeated)
+    #[arg(long, value_name = "CONSTRAINT")]
+    constraint: Vec<String>,
+    #[command(flatten)]
+    policy: PolicyArgs,
     /// What runs its tasks; sets the container label mesh.runtime
     #[arg(long, value_enum)]
     runtime: Option<Runtime>,
@@ -130,7 +135,11 @@ pub(super) async fn run(client: &Client, args: CreateArgs, raw: &[String]) -> Re
         eprintln!("warning: {warning}");
     }
     say(&created.id)?;
-    if detach { Ok(()) } else { progress::wait(client, &created.id, quiet).await }
+    if detach {
+        Ok(())
+    } else {
+        progress::wait(client, &created.id, progress::Goal::Update, quiet).await
+    }
 }
 
 fn spec(
@@ -184,16 +193,25 @@ fn spec(
                 args.restart_max_attempts,
                 args.restart_window,
             ),
+            placement: (!args.constraint.is_empty())
+                .then_some(Placement { constraints: args.constraint }),
             networks: args.network,
             force_update: 0,
             runtime: "container".into(),
         },
+        update_config: whole(args.policy.update()),
+        rollback_config: whole(args.policy.rollback()),
         networks: Vec::new(),
         endpoint_spec: Some(EndpointSpec {
             mode: endpoint_mode.into(),
             ports: args.publish.into_iter().flatten().collect(),
         }),
     })
+}
+
+/// One task at a time is made plain: to other clients a policy that does not say it means all.
+fn whole(given: Option<UpdateConfig>) -> Option<UpdateConfig> {
+    given.map(|config| UpdateConfig { parallelism: config.parallelism.or(Some(1)), ..config })
 }
 
 /// What follows `--` is the command alone; without `--` the first word is the image. clap drops the
@@ -245,7 +263,7 @@ fn restart_policy(
 }
 
 /// `KEY` alone takes its value from here, and is left out where there is none, as Docker does.
-fn env(flags: &[String], environment: impl Fn(&str) -> Option<String>) -> Vec<String> {
+pub(super) fn env(flags: &[String], environment: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let entry = |flag: &String| {
         if flag.contains('=') {
             Some(flag.clone())
@@ -318,7 +336,8 @@ mod tests {
         let spec = parsed(
             "meshctl service create --name w --mode global -e A=b -e HOME -e NOSUCH -l x=y \
              --restart-condition on-failure --restart-delay 1s --stop-signal SIGINT \
-             --stop-grace-period 3s --endpoint-mode dnsrr --hostname h -w /tmp --runtime process \
+             --stop-grace-period 3s --constraint node.role==worker --update-delay 2s \
+             --update-order start-first --endpoint-mode dnsrr --hostname h -w /tmp --runtime process \
              -- true",
         )
         .unwrap();
@@ -331,6 +350,14 @@ mod tests {
             (restart.condition.as_str(), restart.delay),
             ("on-failure", Some(1_000_000_000))
         );
+        assert_eq!(spec.task_template.placement.unwrap().constraints, ["node.role==worker"]);
+        let update = UpdateConfig {
+            parallelism: Some(1),
+            delay: Some(2_000_000_000),
+            order: "start-first".into(),
+            ..UpdateConfig::default()
+        };
+        assert_eq!((spec.update_config, spec.rollback_config), (Some(update), None));
         assert!(spec.mode.global.is_some() && spec.mode.replicated.is_none());
         assert_eq!(spec.endpoint_spec.unwrap().mode, "dnsrr");
     }

@@ -1,9 +1,11 @@
 //! `meshctl service`.
 
 mod create;
+mod policy;
 mod progress;
-mod ps;
+pub(crate) mod ps;
 mod publish;
+mod update;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -45,6 +47,8 @@ pub(crate) enum Command {
         #[arg(required = true, value_name = "SERVICE=REPLICAS")]
         services: Vec<String>,
     },
+    /// Change a service; its tasks are replaced where that needs it
+    Update(Box<update::UpdateArgs>),
     /// Remove services and their tasks
     #[command(alias = "remove")]
     Rm {
@@ -79,6 +83,7 @@ pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Re
             failed
         }
         Command::Scale { detach, services } => scale(client, detach, &services).await,
+        Command::Update(args) => update::run(client, *args).await,
         Command::Rm { services } => {
             for_each(&services, async |service| {
                 client.delete(&format!("/services/{}", escape(&service))).await?;
@@ -239,24 +244,29 @@ async fn scale(client: &Client, detach: bool, pairs: &[String]) -> Result<()> {
     }
     if !detach {
         for id in ids {
-            progress::wait(client, &id, false).await?;
+            progress::wait(client, &id, progress::Goal::Update, false).await?;
         }
     }
     Ok(())
 }
 
 async fn scale_one(client: &Client, name: &str, replicas: u64) -> Result<String> {
-    let path = format!("/services/{}?insertDefaults=false", escape(name));
-    let service: Service = client.get(&path).await?;
-    let mut spec = service.spec;
-    if spec.pointer("/Mode/Replicated").is_none() {
-        bail!("service {name} is not replicated: scale works for replicated services alone");
-    }
-    spec["Mode"]["Replicated"]["Replicas"] = json!(replicas);
-    let update = format!("/services/{}/update?version={}", service.id, service.version.index);
-    let answer: Value = client.post(&update, Some(&spec)).await?;
+    let path = format!("/services/{}", escape(name));
+    let change = |spec: &mut Value| set_replicas(spec, name, replicas);
+    let (id, answer) = client.modify("/services", &path, "", change).await?;
     warn(&answer["Warnings"]);
-    Ok(service.id)
+    Ok(id)
+}
+
+/// Puts the number of tasks into a spec.
+fn set_replicas(spec: &mut Value, name: &str, replicas: u64) -> Result<()> {
+    match spec.pointer_mut("/Mode/Replicated").and_then(Value::as_object_mut) {
+        Some(mode) => {
+            mode.insert("Replicas".into(), json!(replicas));
+            Ok(())
+        }
+        None => bail!("service {name} is not replicated: only such a service has replicas"),
+    }
 }
 
 /// Warnings of the daemon go to standard error.

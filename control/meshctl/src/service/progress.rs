@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use mesh_api::{Node, Service, Task};
+use mesh_api::{Node, Service, Task, UpdateStatus};
 use tokio::time::Instant;
 
 use crate::{
@@ -50,10 +50,19 @@ struct View {
 /// A slot's number or a node's name, in natural order.
 type Place = (Vec<(String, u64)>, String);
 
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The tasks of the spec as it was sent.
+    Update,
+    /// Those of the spec before.
+    Rollback,
+}
+
 /// Waits until the service has converged and stays so. Ctrl-C ends the wait, not the service.
-pub(super) async fn wait(client: &Client, id: &str, quiet: bool) -> Result<()> {
+pub(super) async fn wait(client: &Client, id: &str, goal: Goal, quiet: bool) -> Result<()> {
     tokio::select! {
-        result = converge(client, id, quiet) => result,
+        result = converge(client, id, goal, quiet) => result,
         _ = tokio::signal::ctrl_c() => {
             eprintln!("Operation continuing in background.");
             eprintln!("Use `meshctl service ps {id}` to check progress.");
@@ -62,25 +71,58 @@ pub(super) async fn wait(client: &Client, id: &str, quiet: bool) -> Result<()> {
     }
 }
 
-async fn converge(client: &Client, id: &str, quiet: bool) -> Result<()> {
+async fn converge(client: &Client, id: &str, goal: Goal, quiet: bool) -> Result<()> {
     let mut show = Show::new(quiet);
     let mut stable_since: Option<Instant> = None;
     loop {
         let service: Service = client.get(&format!("/services/{id}?insertDefaults=false")).await?;
         let view = look(client, &service).await?;
+        let update = Update::of(service.update_status.as_ref(), goal)?;
+        show.update(service.update_status.as_ref())?;
         show.view(&view)?;
         let converged = view.running == view.wanted && (view.wanted > 0 || !is_global(&service));
-        if converged {
-            let monitor = monitor(&service);
+        if converged && update != Update::Going {
+            // A complete update has watched its tasks itself.
+            let done = update == Update::Complete && stable_since.is_none();
+            let monitor = if done { Duration::ZERO } else { monitor(&service) };
             let since = *stable_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= monitor {
                 return show.converged(id);
             }
-            show.verify(monitor)?;
+            if !monitor.is_zero() {
+                show.verify(monitor)?;
+            }
         } else if stable_since.take().is_some() {
             show.line("verify: Detected task failure".to_owned())?;
         }
         tokio::time::sleep(POLL).await;
+    }
+}
+
+/// What the leader says of an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Update {
+    /// Nothing: tasks alone tell.
+    Unknown,
+    /// Tasks are being replaced.
+    Going,
+    /// All are.
+    Complete,
+}
+
+impl Update {
+    /// An update that ended otherwise than wanted is an error.
+    fn of(status: Option<&UpdateStatus>, goal: Goal) -> Result<Self> {
+        let Some(status) = status else { return Ok(Self::Unknown) };
+        match status.state.as_str() {
+            "updating" | "rollback_started" => Ok(Self::Going),
+            "completed" => Ok(Self::Complete),
+            "rollback_completed" if goal == Goal::Rollback => Ok(Self::Complete),
+            "rollback_completed" => bail!("service rolled back: {}", status.message),
+            "rollback_paused" => bail!("service rollback paused: {}", status.message),
+            "paused" => bail!("service update paused: {}", status.message),
+            _ => Ok(Self::Unknown),
+        }
     }
 }
 
@@ -144,6 +186,7 @@ struct Show {
     bars: Option<Bars>,
     last: Option<View>,
     verifying: bool,
+    rolling_back: bool,
 }
 
 struct Bars {
@@ -160,7 +203,7 @@ impl Show {
             overall.set_style(plain("overall progress: {pos} out of {len} tasks"));
             Bars { all, overall, places: BTreeMap::new() }
         });
-        Self { quiet, bars, last: None, verifying: false }
+        Self { quiet, bars, last: None, verifying: false, rolling_back: false }
     }
 
     fn line(&self, text: String) -> Result<()> {
@@ -172,6 +215,18 @@ impl Show {
                 Ok(())
             }
             None => say(text),
+        }
+    }
+
+    fn update(&mut self, status: Option<&UpdateStatus>) -> Result<()> {
+        match status {
+            Some(status) if status.state == "rollback_started" => {
+                if std::mem::replace(&mut self.rolling_back, true) {
+                    return Ok(());
+                }
+                self.line(format!("rollback: {}", status.message))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -307,5 +362,25 @@ mod tests {
         let seen = view(tasks, &nodes, None);
         assert_eq!((seen.running, seen.wanted), (1, 2));
         assert_eq!(seen.places.keys().next().map(|(_, name)| name.as_str()), Some("host-a"));
+    }
+
+    #[test]
+    fn the_leaders_word_ends_the_wait() {
+        let of = |state: &str, goal| {
+            let status = UpdateStatus {
+                state: state.into(),
+                message: "m".into(),
+                ..UpdateStatus::default()
+            };
+            Update::of(Some(&status), goal).map_err(|err| err.to_string())
+        };
+        assert_eq!(Update::of(None, Goal::Update).unwrap(), Update::Unknown);
+        assert_eq!(of("updating", Goal::Update), Ok(Update::Going));
+        assert_eq!(of("completed", Goal::Update), Ok(Update::Complete));
+        assert_eq!(of("paused", Goal::Update), Err("service update paused: m".into()));
+        assert_eq!(of("rollback_started", Goal::Update), Ok(Update::Going));
+        assert_eq!(of("rollback_completed", Goal::Update), Err("service rolled back: m".into()));
+        assert_eq!(of("rollback_completed", Goal::Rollback), Ok(Update::Complete));
+        assert_eq!(of("rollback_paused", Goal::Rollback), Err("service rollback paused: m".into()));
     }
 }

@@ -15,6 +15,16 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub(crate) struct PsArgs {
+    #[command(flatten)]
+    list: TaskListArgs,
+    /// Names or ids
+    #[arg(required = true)]
+    services: Vec<String>,
+}
+
+/// How tasks are listed.
+#[derive(Debug, Args)]
+pub(crate) struct TaskListArgs {
     /// `id=`, `name=`, `node=`, `desired-state=` (may be repeated)
     #[arg(short, long, value_name = "KEY=VALUE")]
     filter: Vec<String>,
@@ -30,9 +40,6 @@ pub(crate) struct PsArgs {
     /// Print ids alone
     #[arg(short, long)]
     quiet: bool,
-    /// Names or ids
-    #[arg(required = true)]
-    services: Vec<String>,
 }
 
 const COLUMNS: &[(&str, &str)] = &[
@@ -64,10 +71,8 @@ pub(super) async fn run(client: &Client, args: PsArgs) -> Result<()> {
         }
     }
     if !names.is_empty() {
-        let mut filters = args.filter.clone();
-        filters.extend(names.keys().map(|id| format!("service={id}")));
-        let tasks: Vec<Task> = client.get(&format!("/tasks?{}", filter_query(&filters)?)).await?;
-        print(client, &args, &names, tasks).await?;
+        let of = names.keys().map(|id| format!("service={id}"));
+        print(client, &args.list, &names, of).await?;
     }
     match missing {
         Some(needle) => bail!("no such service: {needle}"),
@@ -75,12 +80,24 @@ pub(super) async fn run(client: &Client, args: PsArgs) -> Result<()> {
     }
 }
 
+/// The tasks of nodes, of all their services.
+pub(crate) async fn of_nodes(client: &Client, args: &TaskListArgs, nodes: &[String]) -> Result<()> {
+    let services: Vec<Service> = client.get("/services").await?;
+    let names = services
+        .into_iter()
+        .map(|service| Ok((service.id.clone(), spec_of(&service)?.name)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
+    print(client, args, &names, nodes.iter().map(|node| format!("node={node}"))).await
+}
+
 async fn print(
     client: &Client,
-    args: &PsArgs,
+    args: &TaskListArgs,
     services: &BTreeMap<String, String>,
-    tasks: Vec<Task>,
+    of: impl Iterator<Item = String>,
 ) -> Result<()> {
+    let filters: Vec<String> = args.filter.iter().cloned().chain(of).collect();
+    let tasks: Vec<Task> = client.get(&format!("/tasks?{}", filter_query(&filters)?)).await?;
     let nodes: Vec<Node> = if args.no_resolve { Vec::new() } else { client.get("/nodes").await? };
     let nodes: BTreeMap<String, String> =
         nodes.into_iter().map(|node| (node.id, node.description.hostname)).collect();

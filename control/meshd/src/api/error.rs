@@ -77,7 +77,7 @@ impl ApiError {
     /// No leader with a majority behind it.
     #[must_use]
     pub fn no_leader() -> Self {
-        Self::internal(format!("rpc error: code = Unknown desc = {NO_LEADER}"))
+        Self::unavailable(NO_LEADER)
     }
 
     /// A write that got no answer in time: it may still happen.

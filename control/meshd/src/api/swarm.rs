@@ -51,7 +51,7 @@ pub(super) async fn update(
             "swarm unlock-key --rotate (rotateManagerUnlockKey)",
         ));
     }
-    let sent: api::ClusterSpec = body.parse()?;
+    let mut sent: api::ClusterSpec = body.parse()?;
     let (current, spec) = read(&backend, |store| {
         store
             .cluster
@@ -61,6 +61,11 @@ pub(super) async fn update(
     .ok_or_else(ApiError::no_leader)?;
     if current != version {
         return Err(mesh_control::command::Rejection::OutOfSequence.into());
+    }
+    // Docker's clients know nothing of our own field, and send none back.
+    if sent.orchestration.task_history_retention_limit.is_some() {
+        let ours = spec.orchestration.reschedule_after;
+        sent.orchestration.reschedule_after = sent.orchestration.reschedule_after.or(ours);
     }
     // A body without a spec, as simple clients send to rotate tokens, changes nothing.
     if sent != spec && sent != api::ClusterSpec::default() {

@@ -77,6 +77,16 @@ async fn swarm_and_node_verbs() {
     assert_eq!(docker.ok("node inspect self --format {{.Description.Hostname}}").await, "m1");
     assert_eq!(docker.ok("node update --availability drain --label-add a=b m1").await, "m1");
     assert_eq!(docker.ok("node inspect m1 --format {{.Spec.Availability}}").await, "drain");
+    assert_eq!(
+        docker.ok("node update --availability pause --label-rm a --label-add c=d m1").await,
+        "m1"
+    );
+    let spec = docker.ok("node inspect m1 --format {{.Spec.Availability}}{{.Spec.Labels}}").await;
+    assert_eq!(spec, "pausemap[c:d]");
+    assert!(docker.ok("node ls").await.contains("Pause"));
+    assert!(docker.ok("node ps self").await.contains("DESIRED STATE"));
+    let refused = docker.fails("node rm m1").await;
+    assert!(refused.contains("last manager of the swarm"), "{refused}");
     assert!(docker.ok("node inspect --pretty m1").await.contains("Hostname"));
     assert!(docker.fails("node demote m1").await.contains("not implemented"));
     let version = docker.ok("version").await;
@@ -141,6 +151,37 @@ async fn service_verbs() {
     let env =
         docker.ok("service inspect web --format {{.Spec.TaskTemplate.ContainerSpec.Env}}").await;
     assert_eq!(env, "[A=b X=y]");
+    let spec = async |path: &str| {
+        docker.ok(&format!("service inspect web --format {{{{.Spec.{path}|json}}}}")).await
+    };
+    let before = spec("TaskTemplate.ForceUpdate").await.parse::<u64>().unwrap();
+    docker
+        .ok("service update -d --force --update-order start-first --update-parallelism 2 \
+             --update-delay 1s --update-monitor 2s --update-max-failure-ratio 0.25 \
+             --update-failure-action rollback --rollback-parallelism 0 \
+             --constraint-add node.hostname==m1 --args true web")
+        .await;
+    let update = spec("UpdateConfig").await;
+    let expected = r#"{"Parallelism":2,"Delay":1000000000,"FailureAction":"rollback","#;
+    assert!(update.starts_with(expected), "{update}");
+    assert!(update.contains(r#""MaxFailureRatio":0.25"#), "{update}");
+    assert!(update.ends_with(r#""Order":"start-first"}"#), "{update}");
+    assert!(spec("RollbackConfig").await.starts_with(r#"{"Parallelism":0,"#));
+    let task = spec("TaskTemplate").await;
+    assert!(task.contains(r#""Constraints":["node.hostname==m1"]"#), "{task}");
+    assert!(task.contains(r#""Args":["true"]"#), "{task}");
+    assert!(task.contains(&format!(r#""ForceUpdate":{}"#, before + 1)), "{task}");
+    let pretty = docker.ok("service inspect --pretty web").await;
+    assert!(pretty.contains("[node.hostname==m1]"), "{pretty}");
+    docker.ok("service update -d --constraint-rm node.hostname==m1 --env-rm X web").await;
+    assert!(!spec("TaskTemplate").await.contains("node.hostname"));
+    docker.ok("service update -d --env-rm A --env-add X=y web").await;
+    let refused = docker.fails("service update -d --constraint-add node.mood==good web").await;
+    assert!(refused.contains("constraint `node.mood==good`"), "{refused}");
+    let out = docker.ok("service update --replicas 1 --update-monitor 1s web").await;
+    assert!(out.contains("converged"), "{out}");
+    docker.ok("service update -d --env-rm X --env-add A=b web").await;
+    docker.ok("service update -d --env-add X=y web").await;
     docker.ok("service rollback -d web").await;
     let env =
         docker.ok("service inspect web --format {{.Spec.TaskTemplate.ContainerSpec.Env}}").await;
@@ -155,9 +196,8 @@ async fn service_verbs() {
     for (flags, word) in [
         ("--mount type=volume,source=a,target=/a", "--mount"),
         ("--limit-memory 64M", "--limit-memory"),
-        ("--constraint node.role==worker", "--constraint"),
+        ("--constraint node.mood==good", "node.mood"),
         ("--health-cmd true", "--health"),
-        ("--update-parallelism 2", "--update-parallelism"),
         ("--mode replicated-job", "replicated-job"),
         ("--publish mode=host,target=80", "mode=host"),
         ("--user nobody", "--user"),
@@ -170,4 +210,37 @@ async fn service_verbs() {
     assert!(refused.contains("mesh.runtime=process"), "{refused}");
     assert_eq!(docker.ok("service rm web g").await, "web\ng");
     assert!(docker.fails("service inspect nosuch").await.contains("no such service: nosuch"));
+}
+
+/// With too few managers for a majority every change is refused, at once and with the remedy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_minority_says_that_it_has_no_leader() {
+    if !installed().await {
+        return;
+    }
+    let server = Server::manager("stock-minority").await;
+    let docker = Cli(&server);
+    docker.ok(&format!("service create -d --name web {PROCESS} host true")).await;
+    docker.ok("network create -d overlay app").await;
+    server.fake.set_leaderless(true);
+    let start = std::time::Instant::now();
+    let create = format!("service create -d --name other {PROCESS} host true");
+    let lines = [
+        create.as_str(),
+        "service update -d --force web",
+        "service scale -d web=2",
+        "service rm web",
+        "network create -d overlay other",
+        "network rm app",
+        "node update --availability drain m1",
+        "node rm m1",
+    ];
+    for line in lines {
+        let said = docker.fails(line).await;
+        assert!(said.contains("The swarm does not have a leader."), "{line}: {said}");
+    }
+    let each = start.elapsed() / u32::try_from(lines.len()).unwrap();
+    assert!(each < std::time::Duration::from_secs(5), "{each:?} each");
+    server.fake.set_leaderless(false);
+    assert_eq!(docker.ok("service ls -q").await.lines().count(), 1);
 }

@@ -45,6 +45,7 @@ pub(crate) fn spec(spec: &ClusterSpec) -> api::ClusterSpec {
         labels: spec.labels.clone(),
         orchestration: api::Orchestration {
             task_history_retention_limit: Some(i64::from(spec.task_history)),
+            reschedule_after: Some(spec.reschedule_after_secs.saturating_mul(NANOS)),
         },
         raft: api::RaftConfig {
             snapshot_interval: 10_000,
@@ -122,6 +123,15 @@ pub(crate) fn init(request: api::SwarmInit) -> Result<InitRequest, ApiError> {
                 "invalid --task-history-limit {limit}: must not be negative"
             ))
         })?;
+    }
+    if let Some(nanos) = request.spec.orchestration.reschedule_after {
+        if nanos < NANOS {
+            return Err(ApiError::bad_request(
+                "invalid --reschedule-after: nodes are heard once a second, so it must be at \
+                 least 1s",
+            ));
+        }
+        spec.reschedule_after_secs = nanos.div_ceil(NANOS);
     }
     if request.spec.ca_config.node_cert_expiry != 0 {
         let seconds = request.spec.ca_config.node_cert_expiry / NANOS;
@@ -254,6 +264,19 @@ mod tests {
         let request = init(api::SwarmInit::default()).unwrap();
         assert_eq!(request.spec, ClusterSpec::default());
         assert_eq!(request.advertise, None);
+    }
+
+    #[test]
+    fn a_silent_node_has_at_least_a_second() {
+        let after = |nanos| {
+            let mut request = api::SwarmInit::default();
+            request.spec.orchestration.reschedule_after = Some(nanos);
+            init(request).map(|request| request.spec)
+        };
+        let made = after(7_500_000_000).unwrap();
+        assert_eq!(made.reschedule_after_secs, 8);
+        assert_eq!(spec(&made).orchestration.reschedule_after, Some(8 * NANOS));
+        assert!(after(NANOS - 1).unwrap_err().message.contains("--reschedule-after"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub(super) mod node;
 pub(super) mod service;
 pub(super) mod spec;
 pub(super) mod task;
+pub(super) mod update;
 
 use jiff::Timestamp;
 use mesh_api::Version;

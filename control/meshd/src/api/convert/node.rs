@@ -2,7 +2,7 @@
 
 use axum::http::StatusCode;
 use mesh_api as api;
-use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, Role};
+use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, NodeStatus, Role};
 
 use super::{cluster::availability, time, version};
 use crate::api::{ApiError, backend::Leadership};
@@ -51,10 +51,21 @@ pub(crate) fn node(
         description: description(node, cluster),
         status: api::NodeStatus {
             state: state(node.status.state).into(),
-            message: node.status.message.clone(),
+            message: message(&node.status),
             addr: node.address.ip().to_string(),
         },
         manager_status: (node.spec.role == Role::Manager).then(|| manager(node, leadership)),
+    }
+}
+
+/// A node that is down keeps its tasks until its data path is silent too: then it is lost.
+fn message(status: &NodeStatus) -> String {
+    match (status.state, status.lost) {
+        (NodeState::Down, true) => format!("{} (lost: its tasks are replaced)", status.message),
+        (NodeState::Down, false) => {
+            format!("{} (not lost: its tasks stay where they are)", status.message)
+        }
+        _ => status.message.clone(),
     }
 }
 
@@ -118,4 +129,20 @@ pub(crate) fn spec(sent: api::NodeSpec, old: &NodeSpec) -> Result<NodeSpec, ApiE
         role,
         availability: availability(&sent.availability)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_becomes_of_the_tasks_of_a_silent_node_is_told() {
+        let told = |state, lost| message(&NodeStatus { state, lost, message: "silent".into() });
+        assert_eq!(told(NodeState::Down, true), "silent (lost: its tasks are replaced)");
+        assert_eq!(
+            told(NodeState::Down, false),
+            "silent (not lost: its tasks stay where they are)"
+        );
+        assert_eq!(told(NodeState::Ready, false), "silent");
+    }
 }

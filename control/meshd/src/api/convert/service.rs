@@ -14,7 +14,7 @@ use mesh_types::{
 };
 use serde_json::{Value, json};
 
-use super::{task::task_template, time, version};
+use super::{task::task_template, time, update, version};
 
 /// A service. `defaults` fills in what the user left out; `status` counts its tasks.
 pub(crate) fn service(
@@ -35,6 +35,7 @@ pub(crate) fn service(
         spec,
         previous_spec: service.previous_spec.as_deref().map(raw_spec),
         endpoint: endpoint(store, service),
+        update_status: service.update.as_ref().map(update::status),
         service_status: status.then(|| service_status(store, service)),
     }
 }
@@ -60,6 +61,8 @@ pub(crate) fn raw_spec(spec: &ServiceSpec) -> Value {
         labels: spec.labels.clone(),
         task_template: task_template(&spec.task, &spec.networks),
         mode,
+        update_config: Some(update::config(&spec.update)),
+        rollback_config: Some(update::config(&spec.rollback)),
         networks: Vec::new(),
         endpoint_spec: Some(endpoint_spec(spec.endpoint_mode, &spec.ports)),
     };

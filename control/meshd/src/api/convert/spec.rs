@@ -10,12 +10,13 @@ use mesh_control::store::Store;
 use mesh_types::{
     Protocol,
     spec::{
-        EndpointMode, NetworkAttachment, PortSpec, RestartCondition, RestartPolicy, Runtime,
-        ServiceMode, ServiceSpec, TaskSpec, UpdatePolicy,
+        Constraint, EndpointMode, NetworkAttachment, PortSpec, RestartCondition, RestartPolicy,
+        Runtime, ServiceMode, ServiceSpec, TaskSpec,
     },
 };
 use serde_json::{Value, json};
 
+use super::update;
 use crate::api::{ApiError, find, request::typed};
 
 /// The container label that chooses the executor.
@@ -51,29 +52,12 @@ const NOT_IMPLEMENTED: &[(&str, &str, &[&str])] = &[
     ),
     ("/TaskTemplate/Resources/SwapBytes", "--memory-swap", &[]),
     ("/TaskTemplate/Resources/MemorySwappiness", "--memory-swappiness", &["-1"]),
-    ("/TaskTemplate/Placement/Constraints", "--constraint", &[]),
     ("/TaskTemplate/Placement/Preferences", "--placement-pref", &[]),
     ("/TaskTemplate/Placement/MaxReplicas", "--replicas-max-per-node", &[]),
     ("/TaskTemplate/LogDriver", "--log-driver, --log-opt", &[]),
     ("/TaskTemplate/PluginSpec", "a plugin service", &[]),
     ("/TaskTemplate/NetworkAttachmentSpec", "a network attachment service", &[]),
     ("/TaskTemplate/Runtime", "a task runtime other than container", &[r#""container""#]),
-    ("/UpdateConfig/Parallelism", "--update-parallelism other than 1", &["1"]),
-    ("/UpdateConfig/Delay", "--update-delay", &[]),
-    ("/UpdateConfig/FailureAction", "--update-failure-action other than pause", &[r#""pause""#]),
-    ("/UpdateConfig/Monitor", "--update-monitor other than 5s", &["5000000000"]),
-    ("/UpdateConfig/MaxFailureRatio", "--update-max-failure-ratio", &[]),
-    ("/UpdateConfig/Order", "--update-order other than stop-first", &[r#""stop-first""#]),
-    ("/RollbackConfig/Parallelism", "--rollback-parallelism other than 1", &["1"]),
-    ("/RollbackConfig/Delay", "--rollback-delay", &[]),
-    (
-        "/RollbackConfig/FailureAction",
-        "--rollback-failure-action other than pause",
-        &[r#""pause""#],
-    ),
-    ("/RollbackConfig/Monitor", "--rollback-monitor other than 5s", &["5000000000"]),
-    ("/RollbackConfig/MaxFailureRatio", "--rollback-max-failure-ratio", &[]),
-    ("/RollbackConfig/Order", "--rollback-order other than stop-first", &[r#""stop-first""#]),
 ];
 
 /// A service spec as it was sent, to what the store keeps. `raw` in the answer is the same JSON
@@ -105,6 +89,8 @@ pub(crate) fn service_spec(store: &Store, mut sent: Value) -> Result<ServiceSpec
             )));
         }
     };
+    let update = update::policy("update", spec.update_config.as_ref())?;
+    let rollback = update::policy("rollback", spec.rollback_config.as_ref())?;
     let ports = endpoint.ports.iter().map(port).collect::<Result<Vec<_>, _>>()?;
     fill_in(&mut sent, mode, &networks);
     Ok(ServiceSpec {
@@ -115,8 +101,8 @@ pub(crate) fn service_spec(store: &Store, mut sent: Value) -> Result<ServiceSpec
         networks,
         endpoint_mode,
         ports,
-        update: UpdatePolicy::default(),
-        rollback: UpdatePolicy::default(),
+        update,
+        rollback,
         raw: Some(sent.to_string()),
     })
 }
@@ -205,9 +191,17 @@ fn task_spec(
         stop_signal: text(container.stop_signal),
         stop_grace_period: container.stop_grace_period.map(Duration::from_nanos),
         restart: restart_policy(template.restart_policy.as_ref())?,
-        constraints: Vec::new(),
+        constraints: constraints(template.placement.as_ref())?,
         force_update: template.force_update,
     })
+}
+
+fn constraints(sent: Option<&api::Placement>) -> Result<Vec<Constraint>, ApiError> {
+    let parse = |text: &String| {
+        text.parse::<Constraint>()
+            .map_err(|err| ApiError::bad_request(format!("invalid Placement: {err}")))
+    };
+    sent.into_iter().flat_map(|placement| &placement.constraints).map(parse).collect()
 }
 
 fn restart_policy(sent: Option<&api::RestartPolicy>) -> Result<RestartPolicy, ApiError> {
@@ -315,6 +309,7 @@ fn fill_in(sent: &mut Value, mode: ServiceMode, networks: &[NetworkAttachment]) 
 
 #[cfg(test)]
 mod tests {
+    use mesh_types::spec::{ConstraintKey, FailureAction, UpdateOrder};
     use proptest::prelude::*;
 
     use super::*;
@@ -403,12 +398,41 @@ mod tests {
             ),
             ("/TaskTemplate/Networks", json!([{"Target": "host"}]), 501, "--network host"),
             ("/TaskTemplate/RestartPolicy", json!({"Condition": "x"}), 400, "RestartCondition"),
+            (
+                "/TaskTemplate/Placement/Constraints",
+                json!(["node.hostname==a", "node.mood==good"]),
+                400,
+                "constraint `node.mood==good`: unknown key",
+            ),
+            ("/UpdateConfig", json!({"Parallelism": -1}), 400, "invalid JSON"),
+            ("/UpdateConfig", json!({"Order": "x"}), 400, "--update-order"),
+            ("/RollbackConfig", json!({"FailureAction": "x"}), 400, "--rollback-failure-action"),
         ];
         for (path, value, status, words) in cases {
             let err = service_spec(&Store::default(), with(path, value)).unwrap_err();
             assert_eq!(err.status, status, "{path}: {}", err.message);
             assert!(err.message.contains(words), "{path}: {}", err.message);
         }
+    }
+
+    #[test]
+    fn policies_and_constraints_reach_the_store() {
+        let mut spec = with(
+            "/UpdateConfig",
+            json!({"Parallelism": 0, "Delay": 2_000_000_000, "Order": "start-first"}),
+        );
+        spec["RollbackConfig"] = json!({"FailureAction": "continue"});
+        spec["TaskTemplate"]["Placement"]["Constraints"] =
+            json!(["node.role==worker", "node.labels.zone != a"]);
+        let spec = service_spec(&Store::default(), spec).unwrap();
+        assert_eq!((spec.update.parallelism, spec.update.delay.as_secs()), (0, 2));
+        assert_eq!(spec.update.order, UpdateOrder::StartFirst);
+        assert_eq!(spec.rollback.on_failure, FailureAction::Continue);
+        assert_eq!((spec.rollback.parallelism, spec.rollback.order), (1, UpdateOrder::StopFirst));
+        let keys: Vec<_> = spec.task.constraints.iter().map(|c| (&c.key, c.equal)).collect();
+        let label = ConstraintKey::Label("zone".into());
+        assert_eq!(keys, [(&ConstraintKey::Role, true), (&label, false)]);
+        assert!(service_spec(&Store::default(), stock()).unwrap().task.constraints.is_empty());
     }
 
     fn any_json() -> impl Strategy<Value = Value> {
@@ -432,7 +456,7 @@ mod tests {
         fn no_spec_panics(
             index in 0..NOT_IMPLEMENTED.len(),
             value in any_json(),
-            key in "/(Mode|Networks|EndpointSpec|TaskTemplate|Labels)",
+            key in "/(Mode|Networks|EndpointSpec|TaskTemplate|Labels|UpdateConfig)",
         ) {
             let _ = service_spec(&Store::default(), with(&key, value.clone()));
             let _ = service_spec(&Store::default(), with(NOT_IMPLEMENTED[index].0, value));

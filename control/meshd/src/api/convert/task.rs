@@ -136,6 +136,9 @@ pub(crate) fn task_template(spec: &TaskSpec, networks: &[NetworkAttachment]) -> 
             max_attempts: Some(spec.restart.max_attempts.unwrap_or_default()),
             window: Some(nanos(spec.restart.window)),
         }),
+        placement: (!spec.constraints.is_empty()).then(|| api::Placement {
+            constraints: spec.constraints.iter().map(ToString::to_string).collect(),
+        }),
         networks: networks
             .iter()
             .map(|attachment| api::NetworkTarget {
