@@ -100,8 +100,11 @@ impl Store {
                 }
                 _ => outdated.then_some(UpdateState::Updating),
             };
-            if let Some(state) = next {
-                service.begin(at, state, "update in progress".into());
+            match (next, service.update.as_ref().and_then(|update| update.completed_ms)) {
+                (Some(state), _) => service.begin(at, state, "update in progress".into()),
+                // Clients that wait for this change must not take the end of another for its end.
+                (None, Some(_)) => service.update = None,
+                (None, None) => {}
             }
             at.touch(&mut service.meta);
         }
