@@ -290,6 +290,7 @@ impl Builder<'_> {
                 link: Some(LinkRef::Veth(id)),
                 ingress,
                 draining: false,
+                withdrawn: false,
             }),
         );
         self.put(Key::MapAddress(vni, spec.gateway), Value::MapAddress(AddressUse::Gateway));
@@ -353,6 +354,7 @@ impl Builder<'_> {
                 link: None,
                 ingress: network.ingress,
                 draining,
+                withdrawn: self.input.withdrawn.contains(&record.node),
             }),
         );
         let key = Key::MapAddress(network.vni.get(), record.address);

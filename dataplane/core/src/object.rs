@@ -315,6 +315,8 @@ pub struct EndpointEntry {
     pub ingress: bool,
     /// No new flows.
     pub draining: bool,
+    /// Its node cannot be reached: flows that saw no reply are decided anew.
+    pub withdrawn: bool,
 }
 
 /// A value of `PORTS`.

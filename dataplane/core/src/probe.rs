@@ -1,14 +1,14 @@
 //! Probes of the data path: what a node asks a peer's BPF programs through the tunnel's port, and
 //! what they answer without their daemon.
 //!
-//! A probe is the payload of a UDP datagram from an ordinary socket, bound to the own tunnel end, to
+//! A probe is the payload of a UDP datagram from a socket that is bound to the own tunnel end, to
 //! the peer's tunnel end and VXLAN port. The answer comes from there to the socket's port. It looks
 //! like any VXLAN frame, so it passes where the overlay's packets pass:
 //!
 //! | bytes | what |
 //! |---|---|
 //! | 8 | VXLAN header: I flag, VNI [`VNI`] |
-//! | 6, 6 | inner MACs: kind `0a` with the number of the node that is asked, and of the one that asks |
+//! | 6, 6 | inner MACs: kind `0a` and the number of the node that is asked; of the one that asks |
 //! | 2 | EtherType [`ETHERTYPE`] |
 //! | 4, 1, 1, 2 | `mshP`; version 1; 1: request, 2: reply; zero |
 //! | 8 | nonce, returned as it is |

@@ -155,7 +155,9 @@ pub(crate) fn encode_value(value: &Value, links: &LinkTable) -> Option<Vec<u8>> 
             node: entry.node.get(),
             vni: entry.vni,
             ifindex: entry.link.map_or(Some(0), |link| links.index(link))?,
-            flags: flag(entry.ingress, abi::EP_INGRESS) | flag(entry.draining, abi::EP_DRAINING),
+            flags: flag(entry.ingress, abi::EP_INGRESS)
+                | flag(entry.draining, abi::EP_DRAINING)
+                | flag(entry.withdrawn, abi::EP_WITHDRAWN),
             pad: 0,
         }),
         Value::Port(port) => bytes(&abi::Port {
@@ -278,6 +280,7 @@ fn decode_value(map: MapId, value: &[u8], links: &LinkTable) -> Option<Value> {
                 link: (value.ifindex != 0).then(|| links.link(value.ifindex)),
                 ingress: value.flags & abi::EP_INGRESS != 0,
                 draining: value.flags & abi::EP_DRAINING != 0,
+                withdrawn: value.flags & abi::EP_WITHDRAWN != 0,
             })
         }
         MapId::Ports => {
@@ -372,6 +375,7 @@ mod tests {
             link: Some(LinkRef::Veth(EndpointId::new(5).unwrap())),
             ingress: true,
             draining: false,
+            withdrawn: false,
         });
         let mut want = Vec::new();
         for address in [[10, 0, 0, 5], [192, 0, 2, 3], [192, 0, 2, 254]] {

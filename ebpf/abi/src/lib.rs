@@ -81,6 +81,8 @@ pub struct Endpoint {
 pub const EP_INGRESS: u32 = 1;
 /// No new flows (its task drains, or its record is a tombstone).
 pub const EP_DRAINING: u32 = 2;
+/// Its node cannot be reached through the tunnel: flows that saw no reply are decided anew.
+pub const EP_WITHDRAWN: u32 = 4;
 
 /// Value of [`map::PORTS`], keyed by the ifindex (u32) of a task veth's host side: who may send
 /// here.

@@ -65,6 +65,15 @@ impl Entry {
         transition(key, self, u32::from(reply), u32::from(flags)) != 0
     }
 
+    /// Whether nobody answered yet, as far as this entry tells after [`Entry::advance`].
+    #[inline(always)]
+    pub fn is_half_open(&self, key: &FlowKey) -> bool {
+        // What has just become established has left the LRU, and so has the entry looked at.
+        !self.established
+            && FLOWS.get_ptr(key).is_none()
+            && self.value().state & FLOW_STATE_REPLIED == 0
+    }
+
     /// Removes the flow.
     #[inline(always)]
     pub fn forget(&self, key: &FlowKey) {

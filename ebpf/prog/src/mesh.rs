@@ -6,8 +6,9 @@
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    Config, Counter, EP_INGRESS, Endpoint, FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF, FLOW_SELF_REPLY,
-    FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port, Published, PublishedKey,
+    Config, Counter, EP_INGRESS, EP_WITHDRAWN, Endpoint, FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF,
+    FLOW_SELF_REPLY, FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port, Published,
+    PublishedKey,
 };
 use mesh_ebpf_core::{
     addr, flow, guard, hash,
@@ -77,10 +78,14 @@ pub fn ingress(
     let mut target = Target::NONE;
     if let Some(entry) = flows::find(key, now) {
         target = Target::of(entry.value());
-        if get!(ENDPOINTS, &target.endpoint).is_none() {
+        let backend = get!(ENDPOINTS, &target.endpoint).map_or(u32::MAX, |found| found.flags);
+        if backend == u32::MAX {
             entry.forget(key);
             target.endpoint = 0;
         } else if !entry.advance(key, false, flags, now) {
+            target.endpoint = 0;
+        } else if backend & EP_WITHDRAWN != 0 && entry.is_half_open(key) {
+            entry.forget(key);
             target.endpoint = 0;
         }
     }
@@ -405,8 +410,14 @@ pub fn returned<const DIRECT: bool>(
         return Err(Counter::DropTunnelVni);
     }
     let src = Mac::from_words(frame.eth.src);
-    let source = get!(ENDPOINTS, &src.id()).ok_or(Counter::DropTunnelOwner)?;
-    if src.kind() != mac::MESH_FORWARD || source.flags & EP_INGRESS == 0 || source.node != node {
+    if src.kind() != mac::MESH_FORWARD {
+        return Err(Counter::DropTunnelOwner);
+    }
+    // Who is not known may be newer than our records: they stand still while no manager is there.
+    // A node of the cluster vouches for it, and it speaks of published ports alone.
+    if let Some(source) = get!(ENDPOINTS, &src.id())
+        && (source.flags & EP_INGRESS == 0 || source.node != node)
+    {
         return Err(Counter::DropTunnelOwner);
     }
     if !ip.has_l4 {

@@ -3,8 +3,8 @@
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    ADDR_GATEWAY, ADDR_VIP, AddrKey, Config, Counter, Endpoint, FLOW_STATE_HAIRPIN, FLOW_VIP,
-    FLOW_VIP_REPLY, FlowKey, FlowValue, Port, VIP_CLIENTS_CAPACITY,
+    ADDR_GATEWAY, ADDR_VIP, AddrKey, Config, Counter, EP_WITHDRAWN, Endpoint, FLOW_STATE_HAIRPIN,
+    FLOW_VIP, FLOW_VIP_REPLY, FlowKey, FlowValue, Port, VIP_CLIENTS_CAPACITY,
 };
 use mesh_ebpf_core::{
     addr, flow, hash, icmp,
@@ -48,7 +48,11 @@ pub fn from_client(
             // Its backend is gone: another one can at least refuse.
             None => entry.forget(key),
             Some(endpoint) => {
-                if entry.advance(key, reply, flags, now) {
+                if !entry.advance(key, reply, flags, now) {
+                    // Void: decided anew.
+                } else if endpoint.flags & EP_WITHDRAWN != 0 && entry.is_half_open(key) {
+                    entry.forget(key);
+                } else {
                     return forward(ctx, config, port, ip, way, id, endpoint, hairpin);
                 }
             }

@@ -219,6 +219,13 @@ impl Cluster {
         }
     }
 
+    /// Tells a node which others it does not reach.
+    pub(crate) fn set_withdrawn(&mut self, number: u64, others: &[u64]) {
+        let member = self.members.iter_mut().find(|member| member.number == number).unwrap();
+        member.engine.set_withdrawn(others.iter().map(|other| node(*other)).collect());
+        self.round(number);
+    }
+
     /// A round on one node, which must converge.
     pub(crate) fn round(&mut self, number: u64) -> Report {
         let records = Arc::new(self.records.clone());

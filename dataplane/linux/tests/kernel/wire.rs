@@ -83,6 +83,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("strangers", strangers),
     ("probes", probes),
     ("spoofing", spoofing),
+    ("withdrawn", withdrawn),
     ("draining", draining),
     ("unplugged", unplugged),
 ];
@@ -276,6 +277,14 @@ fn strangers(cluster: &mut Cluster) {
     dropped(back, &n2, vtep(2), Counter::DropMesh);
     let not_its_endpoint = Forged { text: "not its endpoint", ..back };
     dropped(not_its_endpoint, &n3, vtep(3), Counter::DropTunnelOwner);
+    let unknown =
+        Forged { text: "no published port of who is not known", from: (MESH_FORWARD, 222), ..back };
+    dropped(unknown, &n2, vtep(2), Counter::DropMesh);
+    // Of a published port it may be: a backend that is newer than our records.
+    let client = inside(&cluster.netns("client"), || UdpSocket::bind((CLIENT, 4000)).unwrap());
+    let newer = Forged { text: "newer", source: (vtep(1), 8080), ..unknown };
+    newer.send(&n2, vtep(2), vtep(1));
+    assert_eq!(hears(&client, patience()).as_deref(), Some(&b"newer"[..]));
     // The very same from its own node arrives, and it alone.
     good.send(&n3, vtep(3), vtep(1));
     let heard = hears(&target, patience());
@@ -353,6 +362,34 @@ fn spoofing(cluster: &mut Cluster) {
     assert!(cluster.round(3).healed > 0);
     send(d.address);
     assert!(hears(&target, patience()).is_some());
+}
+
+/// A flow that nobody answered leaves the backend whose node is withdrawn; others stay.
+fn withdrawn(cluster: &mut Cluster) {
+    let (client, d) = (cluster.netns("client"), cluster.task("d"));
+    let came = |cluster: &Cluster, node| cluster.counted(node, Counter::FromTunnel);
+    // Nobody listens at the first port of each.
+    for (netns, to, deaf, port) in [(&client, vtep(3), 8081, 8080), (&d.netns, VIP, 81, 80)] {
+        let established = (0..40)
+            .map(|_| Connection::open(netns, to, port).unwrap())
+            .find(|connection| connection.answer.server == "a")
+            .expect("one to `a`");
+        let asks = |cluster: &Cluster, socket: &UdpSocket| {
+            let before = [1, 2].map(|node| came(cluster, node));
+            exchange_udp(socket, 5).expect_err("nobody listens");
+            let after = [1, 2].map(|node| came(cluster, node));
+            (after[0] > before[0], after[1] > before[1])
+        };
+        let half_open = (0..40)
+            .map(|_| udp(netns, to, deaf))
+            .find(|socket| asks(cluster, socket) == (true, false))
+            .expect("one to `a`");
+        assert_eq!(asks(cluster, &half_open), (true, false));
+        cluster.set_withdrawn(3, &[1]);
+        assert_eq!(asks(cluster, &half_open), (false, true));
+        established.exchange(100_000).unwrap();
+        cluster.set_withdrawn(3, &[]);
+    }
 }
 
 /// A backend that drains keeps its flows and gets no new ones.
