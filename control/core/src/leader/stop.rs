@@ -1,11 +1,12 @@
 //! Lets tasks end that nobody balances to any more, and gives up those of nodes lost for long.
 
+use mesh_types::task::TaskState;
+
 use super::view::Round;
 use crate::{
     command::TaskChange,
     model::{Stop, Task},
 };
-use mesh_types::task::TaskState;
 
 /// Tasks of a node that is lost for this long are orphaned, and their leases given back (Swarm's
 /// number).

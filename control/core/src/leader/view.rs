@@ -132,8 +132,8 @@ impl<'a> Round<'a> {
         delay_ms: u64,
         replaces: Option<TaskId>,
     ) {
-        let blocks = |task: &&&Task| Some(task.id) != replaces && self.blocks(task);
-        let waits = delay_ms > 0 || there.iter().find(blocks).is_some();
+        let blocks = |task: &&Task| Some(task.id) != replaces && self.blocks(task);
+        let waits = delay_ms > 0 || there.iter().any(blocks);
         let (desired, start_at_ms) = if waits {
             (TaskState::Ready, Some(self.now_ms.saturating_add(delay_ms)))
         } else {
