@@ -1,7 +1,8 @@
 //! What meshd and the resolver say to each other, on a unix socket of the node.
 //!
 //! Frames: a 32-bit big-endian length and as many bytes of JSON. meshd sends [`Request`]s; the
-//! resolver sends its whole [`Status`] at once and whenever it changed.
+//! resolver sends its whole [`Status`] at once and whenever it changed. Sockets go with frames of
+//! both, see [`handover`](crate::handover).
 
 use std::{collections::BTreeMap, io};
 
@@ -9,10 +10,10 @@ use mesh_types::{Revision, TaskId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::snapshot::Snapshot;
+use crate::{handover::SocketsOf, snapshot::Snapshot};
 
 /// The largest frame, in bytes: some 100,000 endpoints.
-const MAX_FRAME: usize = 64 << 20;
+pub(crate) const MAX_FRAME: usize = 64 << 20;
 
 /// What meshd asks of the resolver.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +21,9 @@ const MAX_FRAME: usize = 64 << 20;
 pub enum Request {
     /// Serve this from now on.
     Snapshot(Box<Snapshot>),
+    /// These tasks' sockets come with this frame: serve them instead of opening others. Only for a
+    /// resolver that [takes](Status::takes_sockets) them.
+    Sockets(Vec<SocketsOf>),
     /// Forget everything and end.
     Shutdown,
 }
@@ -34,6 +38,10 @@ pub struct Status {
     pub revision: Revision,
     /// The tasks that it knows: `None` once their sockets are open, else why they are not (yet).
     pub tasks: BTreeMap<TaskId, Option<String>>,
+    /// Whether it knows [`Request::Sockets`].
+    pub takes_sockets: bool,
+    /// Tasks whose sockets come with this frame: each once on a connection.
+    pub sockets: Vec<SocketsOf>,
 }
 
 /// Writes one frame.
@@ -44,12 +52,19 @@ pub async fn write_frame(
     stream: &mut (impl AsyncWrite + Unpin),
     value: &impl Serialize,
 ) -> io::Result<()> {
-    let body = serde_json::to_vec(value).map_err(io::Error::other)?;
-    let length = u32::try_from(body.len()).ok().filter(|n| *n as usize <= MAX_FRAME);
-    let Some(length) = length else { return Err(too_long(body.len())) };
-    stream.write_all(&length.to_be_bytes()).await?;
-    stream.write_all(&body).await?;
+    stream.write_all(&encode(value)?).await?;
     stream.flush().await
+}
+
+/// A frame, length and body.
+pub(crate) fn encode(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0; 4];
+    serde_json::to_writer(&mut frame, value).map_err(io::Error::other)?;
+    let length = frame.len() - 4;
+    let header = u32::try_from(length).ok().filter(|n| *n as usize <= MAX_FRAME);
+    let header = header.ok_or_else(|| too_long(length))?.to_be_bytes();
+    frame[..4].copy_from_slice(&header);
+    Ok(frame)
 }
 
 /// Reads one frame; `None` at the end of the stream.
@@ -76,7 +91,7 @@ pub async fn read_frame<T: DeserializeOwned>(
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-fn too_long(length: usize) -> io::Error {
+pub(crate) fn too_long(length: usize) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
         format!("a frame of {length} bytes is beyond the limit of {MAX_FRAME}"),

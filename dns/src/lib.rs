@@ -4,13 +4,15 @@
 //! [`Index`](index::Index), and a query of a task becomes a [`Decision`](answer::Decision).
 //! [`server`] is the shell around it, the process `meshd dns`: sockets inside the tasks'
 //! namespaces, [`forward`]ing of outside names from the node's, and the [`control`] socket on which
-//! meshd pushes snapshots. It goes on with its last snapshot while meshd is away.
+//! meshd pushes snapshots. It goes on with its last snapshot while meshd is away, and its sockets
+//! wait in meshd while it is away itself ([`handover`]).
 //!
 //! Which names are internal, and so never leave the node, is said in [`index`].
 
 pub mod answer;
 pub mod control;
 pub mod forward;
+pub mod handover;
 pub mod index;
 pub mod netns;
 pub mod server;

@@ -2,16 +2,18 @@
 //!
 //! It ends when it is told to, never because meshd did. A snapshot says which tasks there are;
 //! their sockets are opened, and tried again until they are open, and closed when the task is gone.
+//! Sockets that an earlier resolver served come from meshd, with what tasks asked meanwhile.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs,
     io::{self, Write as _},
     net::SocketAddr,
+    os::fd::{AsFd as _, BorrowedFd},
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -23,7 +25,7 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
 };
 use tokio::{
-    net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream},
+    net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream, unix::OwnedWriteHalf},
     signal::unix::{SignalKind, signal},
     sync::{Semaphore, mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -32,8 +34,9 @@ use tokio::{
 
 use crate::{
     answer::{Decision, Transport, answer, failure},
-    control::{Request, Status, read_frame, write_frame},
+    control::{Request, Status},
     forward::{forward, read_message, write_message},
+    handover::{self, PER_FRAME, Sockets, SocketsOf},
     index::Index,
     netns::{self, TaskSockets},
     snapshot::Snapshot,
@@ -153,11 +156,20 @@ struct Serving {
 struct Resolver {
     shared: Arc<Shared>,
     tasks: HashMap<TaskId, Listening>,
-    status: watch::Sender<Status>,
+    /// What meshd kept over the death of an earlier resolver, until a snapshot says what for.
+    handed: HashMap<TaskId, Sockets>,
+    told: watch::Sender<Told>,
     opened: mpsc::UnboundedSender<Opened>,
     openings: mpsc::UnboundedReceiver<Opened>,
     state_file: PathBuf,
     unsaved: Option<(Instant, Snapshot)>,
+}
+
+/// What meshd is told.
+#[derive(Clone, Default)]
+struct Told {
+    status: Status,
+    sockets: BTreeMap<TaskId, Arc<Open>>,
 }
 
 struct Opened {
@@ -174,8 +186,21 @@ struct Listening {
 
 enum Opening {
     UnderWay,
-    Open { _loops: Loops },
+    Open { open: Arc<Open>, _loops: Loops },
     Failed { error: String, retry: Instant },
+}
+
+/// The sockets that the loops of one task serve.
+struct Open {
+    netns: PathBuf,
+    udp: UdpSocket,
+    tcp: TcpListener,
+}
+
+impl Open {
+    fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.udp.as_fd(), self.tcp.as_fd()]
+    }
 }
 
 /// The loops that serve one task. They end with it.
@@ -189,9 +214,15 @@ impl Drop for Loops {
     }
 }
 
+/// A request, and what came with it.
+enum Asked {
+    Plain(Request),
+    Sockets(Vec<(TaskId, Sockets)>),
+}
+
 enum Step {
     Connected(io::Result<UnixStream>),
-    Asked(Request),
+    Asked(Asked),
     Opened(Opened),
     Retry,
     Save,
@@ -215,7 +246,15 @@ impl Resolver {
                 forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
             }),
             tasks: HashMap::new(),
-            status: watch::Sender::new(Status { pid: std::process::id(), ..Status::default() }),
+            handed: HashMap::new(),
+            told: watch::Sender::new(Told {
+                status: Status {
+                    pid: std::process::id(),
+                    takes_sockets: true,
+                    ..Status::default()
+                },
+                sockets: BTreeMap::new(),
+            }),
             opened,
             openings,
             state_file,
@@ -241,19 +280,24 @@ impl Resolver {
             while connections.try_join_next().is_some() {}
             match step {
                 Step::Connected(Ok(stream)) => {
-                    connections.spawn(converse(stream, ask.clone(), self.status.subscribe()));
+                    connections.spawn(converse(stream, ask.clone(), self.told.subscribe()));
                 }
                 Step::Connected(Err(error)) => {
                     tracing::warn!(%error, "control socket: accept failed");
                     sleep(RETRY).await;
                 }
-                Step::Asked(Request::Snapshot(snapshot)) => {
+                Step::Asked(Asked::Sockets(sockets)) => self.adopt(sockets),
+                Step::Asked(Asked::Plain(Request::Snapshot(snapshot))) => {
                     self.apply(*snapshot.clone());
+                    // What no task of meshd's is served by now is nobody's.
+                    self.handed.clear();
                     let when = Instant::now() + SAVE_EVERY;
                     let when = self.unsaved.take().map_or(when, |(when, _)| when);
                     self.unsaved = Some((when, *snapshot));
                 }
-                Step::Asked(Request::Shutdown) => {
+                // It came without descriptors, and so says nothing.
+                Step::Asked(Asked::Plain(Request::Sockets(_))) => {}
+                Step::Asked(Asked::Plain(Request::Shutdown)) => {
                     let _ = fs::remove_file(&self.state_file);
                     return Ok(());
                 }
@@ -288,7 +332,34 @@ impl Resolver {
         self.report();
     }
 
+    /// Goes on with sockets that an earlier resolver had.
+    fn adopt(&mut self, sockets: Vec<(TaskId, Sockets)>) {
+        self.handed.extend(sockets);
+        let waiting = |listening: &Listening| !matches!(listening.state, Opening::Open { .. });
+        let waiting: Vec<_> = self
+            .tasks
+            .iter()
+            .filter(|(task, listening)| self.handed.contains_key(task) && waiting(listening))
+            .map(|(task, listening)| (*task, listening.netns.clone()))
+            .collect();
+        for (task, netns) in waiting {
+            self.open(task, netns);
+        }
+        self.report();
+    }
+
     fn open(&mut self, task: TaskId, netns: PathBuf) {
+        let handed = self.handed.remove(&task).filter(|handed| handed.netns == netns);
+        if let Some(Sockets { udp, tcp, .. }) = handed {
+            let sockets = TaskSockets { udp: udp.into(), tcp: tcp.into() };
+            match start(&self.shared, task, &netns, sockets) {
+                Ok(state) => {
+                    self.tasks.insert(task, Listening { netns, state });
+                    return;
+                }
+                Err(error) => tracing::warn!(%task, %error, "the sockets handed over are useless"),
+            }
+        }
         self.tasks.insert(task, Listening { netns: netns.clone(), state: Opening::UnderWay });
         let opened = self.opened.clone();
         tokio::spawn(async move {
@@ -300,11 +371,14 @@ impl Resolver {
     fn handle_opened(&mut self, opened: Opened) {
         let Opened { task, netns, result } = opened;
         // Gone meanwhile, or there again in another namespace: these sockets close.
-        let Some(listening) = self.tasks.get_mut(&task).filter(|known| known.netns == netns) else {
-            return;
-        };
-        listening.state = match result.and_then(|sockets| start(&self.shared, task, sockets)) {
-            Ok(loops) => Opening::Open { _loops: loops },
+        // So they do if it was given others meanwhile.
+        let waits = |known: &Listening| matches!(known.state, Opening::UnderWay);
+        let listening =
+            self.tasks.get_mut(&task).filter(|known| known.netns == netns && waits(known));
+        let Some(listening) = listening else { return };
+        let state = result.and_then(|sockets| start(&self.shared, task, &netns, sockets));
+        listening.state = match state {
+            Ok(open) => open,
             Err(error) => {
                 tracing::debug!(%task, %error, "resolver sockets not open yet");
                 Opening::Failed { error: error.to_string(), retry: Instant::now() + RETRY }
@@ -347,7 +421,7 @@ impl Resolver {
     /// Tells meshd how it stands, if that changed.
     fn report(&self) {
         let revision = self.shared.serving.borrow().index.revision();
-        let before = self.status.borrow().tasks.clone();
+        let before = self.told.borrow().status.tasks.clone();
         let state = |task: &TaskId, listening: &Listening| match &listening.state {
             Opening::Open { .. } => None,
             Opening::Failed { error, .. } => Some(error.clone()),
@@ -357,31 +431,42 @@ impl Resolver {
             }
         };
         let tasks = self.tasks.iter().map(|(task, l)| (*task, state(task, l))).collect();
-        self.status.send_if_modified(|status| {
+        let sockets: BTreeMap<_, _> = self
+            .tasks
+            .iter()
+            .filter_map(|(task, listening)| match &listening.state {
+                Opening::Open { open, .. } => Some((*task, Arc::clone(open))),
+                Opening::UnderWay | Opening::Failed { .. } => None,
+            })
+            .collect();
+        self.told.send_if_modified(|told| {
+            let status = &mut told.status;
             let changed = status.revision != revision || status.tasks != tasks;
             status.revision = revision;
             status.tasks = tasks;
+            told.sockets = sockets;
             changed
         });
     }
 }
 
 /// Speaks with one meshd until it goes.
-async fn converse(
-    stream: UnixStream,
-    ask: mpsc::Sender<Request>,
-    mut status: watch::Receiver<Status>,
-) {
+async fn converse(stream: UnixStream, ask: mpsc::Sender<Asked>, mut told: watch::Receiver<Told>) {
     let (mut reader, mut writer) = stream.into_split();
     let listen = async {
         loop {
-            match read_frame(&mut reader).await {
-                Ok(Some(request)) => {
-                    if ask.send(request).await.is_err() {
+            let asked = match handover::receive(&mut reader).await {
+                Ok(Some((Request::Sockets(of), fds))) => Sockets::pair(of, fds).map(Asked::Sockets),
+                Ok(Some((request, _))) => Ok(Asked::Plain(request)),
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            match asked {
+                Ok(asked) => {
+                    if ask.send(asked).await.is_err() {
                         return;
                     }
                 }
-                Ok(None) => return,
                 Err(error) => {
                     tracing::warn!(%error, "control socket: bad request; connection closed");
                     return;
@@ -390,9 +475,17 @@ async fn converse(
         }
     };
     let tell = async {
+        // What this meshd has by now. Weak: a task's sockets close when it goes.
+        let mut sent: BTreeMap<TaskId, Weak<Open>> = BTreeMap::new();
         loop {
-            let now = status.borrow_and_update().clone();
-            if write_frame(&mut writer, &now).await.is_err() || status.changed().await.is_err() {
+            let Told { status, sockets } = told.borrow_and_update().clone();
+            sent.retain(|task, _| sockets.contains_key(task));
+            let is_new = |(task, open): &(TaskId, Arc<Open>)| {
+                !sent.get(task).is_some_and(|sent| sent.as_ptr() == Arc::as_ptr(open))
+            };
+            let new: Vec<_> = sockets.into_iter().filter(is_new).collect();
+            sent.extend(new.iter().map(|(task, open)| (*task, Arc::downgrade(open))));
+            if tell(&mut writer, status, new).await.is_err() || told.changed().await.is_err() {
                 return;
             }
         }
@@ -403,12 +496,42 @@ async fn converse(
     }
 }
 
-fn start(shared: &Arc<Shared>, task: TaskId, sockets: TaskSockets) -> io::Result<Loops> {
-    let udp = Arc::new(UdpSocket::from_std(sockets.udp)?);
-    let tcp = TcpListener::from_std(sockets.tcp)?;
-    let udp = tokio::spawn(serve_udp(Arc::clone(shared), task, udp));
-    let tcp = tokio::spawn(serve_tcp(Arc::clone(shared), task, tcp));
-    Ok(Loops([udp.abort_handle(), tcp.abort_handle()]))
+/// Sends a status, and with it these tasks' sockets: in several frames if they are many.
+async fn tell(
+    writer: &mut OwnedWriteHalf,
+    mut status: Status,
+    sockets: Vec<(TaskId, Arc<Open>)>,
+) -> io::Result<()> {
+    let mut rest = &sockets[..];
+    loop {
+        let (now, later) = rest.split_at(rest.len().min(PER_FRAME));
+        status.sockets = now
+            .iter()
+            .map(|(task, open)| SocketsOf { task: *task, netns: open.netns.clone() })
+            .collect();
+        let fds: Vec<_> = now.iter().flat_map(|(_, open)| open.fds()).collect();
+        handover::send(writer, &status, &fds).await?;
+        if later.is_empty() {
+            return Ok(());
+        }
+        rest = later;
+    }
+}
+
+fn start(
+    shared: &Arc<Shared>,
+    task: TaskId,
+    netns: &Path,
+    sockets: TaskSockets,
+) -> io::Result<Opening> {
+    let open = Arc::new(Open {
+        netns: netns.to_owned(),
+        udp: UdpSocket::from_std(sockets.udp)?,
+        tcp: TcpListener::from_std(sockets.tcp)?,
+    });
+    let udp = tokio::spawn(serve_udp(Arc::clone(shared), task, Arc::clone(&open)));
+    let tcp = tokio::spawn(serve_tcp(Arc::clone(shared), task, Arc::clone(&open)));
+    Ok(Opening::Open { open, _loops: Loops([udp.abort_handle(), tcp.abort_handle()]) })
 }
 
 impl Shared {
@@ -426,11 +549,14 @@ impl Shared {
     }
 }
 
-async fn serve_udp(shared: Arc<Shared>, task: TaskId, socket: Arc<UdpSocket>) {
+async fn serve_udp(shared: Arc<Shared>, task: TaskId, open: Arc<Open>) {
+    let socket = &open.udp;
     let mut forwards = JoinSet::new();
     let mut buffer = [0; 4096];
     loop {
-        let (length, from) = match socket.recv_from(&mut buffer).await {
+        // Taken off the queue only after the answer: whoever dies in between leaves the query to
+        // the next resolver, and at worst it is answered twice.
+        let (length, from) = match socket.peek_from(&mut buffer).await {
             Ok(received) => received,
             Err(error) => {
                 tracing::debug!(%task, %error, "resolver socket: receive failed");
@@ -445,21 +571,24 @@ async fn serve_udp(shared: Arc<Shared>, task: TaskId, socket: Arc<UdpSocket>) {
             Decision::Reply(reply) => drop(socket.try_send_to(&reply, from)),
             Decision::Drop => {}
             Decision::Forward => {
-                let Ok(permit) = Arc::clone(&shared.forwards).try_acquire_owned() else { continue };
-                let (shared, socket, query) =
-                    (Arc::clone(&shared), Arc::clone(&socket), query.to_vec());
-                forwards.spawn(async move {
-                    let _permit = permit;
-                    if let Some(reply) = shared.forward(&query, Transport::Udp).await {
-                        let _ = socket.send_to(&reply, from).await;
-                    }
-                });
+                // More than the limit are lost, as datagrams are.
+                if let Ok(permit) = Arc::clone(&shared.forwards).try_acquire_owned() {
+                    let (shared, open, query) =
+                        (Arc::clone(&shared), Arc::clone(&open), query.to_vec());
+                    forwards.spawn(async move {
+                        let _permit = permit;
+                        if let Some(reply) = shared.forward(&query, Transport::Udp).await {
+                            let _ = open.udp.send_to(&reply, from).await;
+                        }
+                    });
+                }
             }
         }
+        let _ = socket.try_recv_from(&mut [0]);
     }
 }
 
-async fn serve_tcp(shared: Arc<Shared>, task: TaskId, listener: TcpListener) {
+async fn serve_tcp(shared: Arc<Shared>, task: TaskId, open: Arc<Open>) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
@@ -467,7 +596,7 @@ async fn serve_tcp(shared: Arc<Shared>, task: TaskId, listener: TcpListener) {
             connections.join_next().await;
             continue;
         }
-        match listener.accept().await {
+        match open.tcp.accept().await {
             Ok((stream, _)) => {
                 connections.spawn(serve_stream(Arc::clone(&shared), task, stream));
             }

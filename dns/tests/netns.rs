@@ -10,6 +10,7 @@ use std::{
     net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -20,6 +21,7 @@ use hickory_proto::{
 };
 use mesh_dns::{
     control::{Request, Status, read_frame, write_frame},
+    handover::{self, Sockets, SocketsOf},
     server::{RunConfig, serve},
     snapshot::{Snapshot, TaskView},
 };
@@ -35,6 +37,7 @@ const NODE: &str = "h5-node";
 const UPSTREAM: &str = "h5-up";
 const TASK: &str = "h5-task";
 const LATE: &str = "h5-late";
+const ALONE: &str = "h5-alone";
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn ip(args: &str) {
@@ -278,6 +281,8 @@ async fn tasks_find_services_and_the_world() {
     let mut control = Control::connect(&config.control_socket).await;
     write_frame(&mut control.0, &Request::Shutdown).await.unwrap();
     resolver.join().unwrap();
+    // In it wait the sockets that the resolver sent.
+    drop(control);
     assert!(!config.state_file.exists() && !config.control_socket.exists());
     std::fs::write(&config.state_file, kept).unwrap();
     let resolver = start_resolver(config.clone());
@@ -286,4 +291,126 @@ async fn tasks_find_services_and_the_world() {
     assert_eq!(dig(TASK, "web +short"), "10.0.0.2");
     write_frame(&mut control.0, &Request::Shutdown).await.unwrap();
     resolver.join().unwrap();
+}
+
+/// A query for `web`, and whether a reply to it names its address.
+fn query(id: u16) -> Vec<u8> {
+    let mut query = id.to_be_bytes().to_vec();
+    query.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    query.extend(b"\x03web\0\0\x01\0\x01");
+    query
+}
+
+/// What the tasks ask while there is no resolver waits in their sockets, which the next one gets.
+#[tokio::test]
+async fn queries_wait_for_the_next_resolver() {
+    let dir = std::env::temp_dir().join(format!("h5-handover-{}", std::process::id()));
+    let _cleanup = Alone(dir.clone());
+    std::fs::create_dir_all(&dir).unwrap();
+    let _ = Command::new("ip").args(["netns", "del", ALONE]).output();
+    ip(&format!("netns add {ALONE}"));
+    ip(&format!("-n {ALONE} link set lo up"));
+    let config =
+        RunConfig { control_socket: dir.join("control.sock"), state_file: dir.join("last.json") };
+    let id = TaskId::from_bits(100);
+    let view = task(100, ALONE);
+
+    let end = Arc::new(tokio::sync::Notify::new());
+    let first = {
+        let (config, end) = (config.clone(), Arc::clone(&end));
+        thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            // As dead as one that was killed: nothing of it goes on.
+            runtime.block_on(async {
+                tokio::select! {
+                    ended = serve(&config) => ended.unwrap(),
+                    () = end.notified() => {}
+                }
+            });
+        })
+    };
+    let Control(stream) = Control::connect(&config.control_socket).await;
+    let (mut reader, mut writer) = stream.into_split();
+    write_frame(&mut writer, &Request::Snapshot(Box::new(snapshot(1, vec![view.clone()]))))
+        .await
+        .unwrap();
+    let mut kept = loop {
+        let (status, fds) = handover::receive::<Status>(&mut reader).await.unwrap().unwrap();
+        assert!(status.takes_sockets);
+        if !status.sockets.is_empty() {
+            break Sockets::pair(status.sockets, fds).unwrap();
+        }
+    };
+    let (task, kept) = kept.pop().unwrap();
+    assert_eq!((task, &kept.netns), (id, &view.netns));
+    end.notify_one();
+    first.join().unwrap();
+
+    // Nobody is there: UDP queries and a TCP connection that none refuses.
+    let (udp, mut tcp) = thread::spawn(|| {
+        enter(ALONE);
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        udp.connect("127.0.0.11:10053").unwrap();
+        for id in 0..20 {
+            udp.send(&query(id)).unwrap();
+        }
+        let mut tcp = std::net::TcpStream::connect("127.0.0.11:10053").unwrap();
+        let query = query(20);
+        tcp.write_all(&u16::try_from(query.len()).unwrap().to_be_bytes()).unwrap();
+        tcp.write_all(&query).unwrap();
+        (udp, tcp)
+    })
+    .join()
+    .unwrap();
+
+    let second = start_in_place(config.clone());
+    let Control(stream) = Control::connect(&config.control_socket).await;
+    let (mut reader, mut writer) = stream.into_split();
+    let of = Request::Sockets(vec![SocketsOf { task: id, netns: view.netns.clone() }]);
+    handover::send(&mut writer, &of, &kept.fds()).await.unwrap();
+    drop(kept);
+    write_frame(&mut writer, &Request::Snapshot(Box::new(snapshot(1, vec![view])))).await.unwrap();
+    // It gives them back for the next time.
+    while handover::receive::<Status>(&mut reader).await.unwrap().unwrap().1.is_empty() {}
+    tokio::task::spawn_blocking(move || {
+        udp.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut buffer = [0; 512];
+        for id in 0..20 {
+            let length = udp.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..2], &u16::to_be_bytes(id));
+            assert_eq!(&buffer[length - 4..length], &[10, 0, 0, 2]);
+        }
+        udp.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(udp.recv(&mut buffer).is_err(), "each query is answered once");
+        tcp.set_read_timeout(Some(LIMIT)).unwrap();
+        tcp.read_exact(&mut buffer[..4]).unwrap();
+        assert_eq!(&buffer[2..4], &u16::to_be_bytes(20));
+    })
+    .await
+    .unwrap();
+
+    // A task that is gone has no sockets in it, once meshd lets go of them too.
+    write_frame(&mut writer, &Request::Snapshot(Box::new(snapshot(1, Vec::new())))).await.unwrap();
+    while !handover::receive::<Status>(&mut reader).await.unwrap().unwrap().0.tasks.is_empty() {}
+    assert!(dig(ALONE, "web +short +time=1").contains("refused"));
+    write_frame(&mut writer, &Request::Shutdown).await.unwrap();
+    second.join().unwrap();
+}
+
+fn start_in_place(config: RunConfig) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(serve(&config)).unwrap();
+    })
+}
+
+/// The namespace of the test above, and its directory.
+struct Alone(PathBuf);
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", ALONE]).output();
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }

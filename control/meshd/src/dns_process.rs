@@ -1,37 +1,45 @@
 //! The resolver's process, seen from meshd: started if it is not there, found again if it is, told
 //! every snapshot, started again if it dies. It outlives meshd on purpose.
+//!
+//! Duplicates of the sockets that it serves are kept here: while it is dead they stay bound, so that
+//! what tasks ask waits for its successor, which is handed them. A meshd that starts gets them from
+//! the resolver that it finds.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use clap::Args;
 use mesh_dns::{
-    control::{Request, Status, read_frame, write_frame},
+    control::{Request, Status, write_frame},
+    handover::{self, PER_FRAME, Sockets, SocketsOf},
     server::RunConfig,
     snapshot::Snapshot,
 };
 use mesh_types::TaskId;
 use thiserror::Error;
 use tokio::{
-    net::UnixStream,
+    net::{UnixStream, unix::OwnedWriteHalf},
     process::{Child, Command},
     sync::watch,
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 
-/// How soon a connection is tried again; doubles up to [`PAUSE_MAX`].
+/// How soon a resolver that died is followed by another; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// A resolver that dies at once is started again no more often than this.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a good one: the next pause is short again.
-const GOOD_CONNECTION: Duration = Duration::from_secs(5);
+const GOOD_CONNECTION: Duration = Duration::from_millis(500);
+/// How often one that was started is looked for, until it has been missed for long.
+const LOOK_MAX: Duration = Duration::from_millis(100);
 
 /// What `meshd dns` is told on its command line.
 #[derive(Debug, Clone, Args)]
@@ -113,8 +121,9 @@ impl Resolver {
         let (snapshots, pushed) = watch::channel(None);
         let (publish, status) = watch::channel(None);
         let (stop, stopping) = watch::channel(false);
+        let kept = Mutex::default();
         let supervisor =
-            Supervisor { paths: paths.clone(), pushed, publish, stopping, child: None };
+            Supervisor { paths: paths.clone(), pushed, publish, stopping, child: None, kept };
         let supervisor = tokio::spawn(supervisor.run());
         Ok(Self { paths, snapshots, stop, status, supervisor })
     }
@@ -176,6 +185,23 @@ struct Supervisor {
     publish: watch::Sender<Option<Status>>,
     stopping: watch::Receiver<bool>,
     child: Option<Child>,
+    kept: Mutex<Kept>,
+}
+
+/// Sockets of the resolver's.
+#[derive(Debug, Default)]
+struct Kept(BTreeMap<TaskId, Arc<Sockets>>);
+
+impl Kept {
+    /// Lets go of the sockets of tasks that are gone. Without a snapshot all may still be there: a
+    /// meshd that has just started knows nothing.
+    fn retain(&mut self, snapshot: Option<&Snapshot>) {
+        let Some(snapshot) = snapshot else { return };
+        let there: BTreeMap<_, _> =
+            snapshot.tasks.iter().map(|view| (view.task, &view.netns)).collect();
+        self.0
+            .retain(|task, sockets| there.get(task).is_some_and(|netns| **netns == sockets.netns));
+    }
 }
 
 /// How a conversation ended.
@@ -199,20 +225,20 @@ impl Supervisor {
                     Ended::Lost(error) => tracing::warn!(%error, "lost the resolver process"),
                 }
                 if since.elapsed() >= GOOD_CONNECTION {
-                    pause = PAUSE_MIN;
+                    (pause, spawn_at) = (PAUSE_MIN, Instant::now());
+                    continue;
                 }
             } else if *self.stopping.borrow() && self.child.is_none() {
                 return;
             } else if Instant::now() >= spawn_at && !self.is_child_running() {
                 spawn_at = Instant::now() + pause;
+                pause = (pause * 2).min(PAUSE_MAX);
                 match self.spawn() {
                     Ok(child) => self.child = Some(child),
                     Err(error) => tracing::error!(%error, "cannot start the resolver process"),
                 }
-            } else {
-                pause = (pause * 2).min(PAUSE_MAX);
             }
-            sleep(pause.min(Duration::from_millis(100))).await;
+            sleep((pause / 2).clamp(PAUSE_MIN, LOOK_MAX)).await;
         }
     }
 
@@ -261,10 +287,19 @@ impl Supervisor {
 
     async fn converse(&mut self, stream: UnixStream) -> Ended {
         let (mut reader, mut writer) = stream.into_split();
-        let (pushed, stopping) = (&mut self.pushed, &mut self.stopping);
+        let (pushed, stopping, kept) = (&mut self.pushed, &mut self.stopping, &self.kept);
+        let latest = pushed.clone();
+        let (greeted, mut greeting) = watch::channel(None);
         let tell = async {
+            // Before the first snapshot, for which it would open sockets of its own.
+            let takes_sockets =
+                greeting.wait_for(Option::is_some).await.is_ok_and(|g| *g == Some(true));
+            if takes_sockets && let Err(error) = hand_over(&mut writer, kept).await {
+                return Ended::Lost(error);
+            }
             loop {
                 let snapshot = pushed.borrow_and_update().clone();
+                lock(kept).retain(snapshot.as_deref());
                 if let Some(snapshot) = snapshot {
                     let request = Request::Snapshot(Box::new(Snapshot::clone(&snapshot)));
                     if let Err(error) = write_frame(&mut writer, &request).await {
@@ -288,11 +323,23 @@ impl Supervisor {
         let publish = &self.publish;
         let listen = async {
             loop {
-                match read_frame::<Status>(&mut reader).await {
-                    Ok(Some(status)) => drop(publish.send_replace(Some(status))),
+                let (mut status, fds) = match handover::receive::<Status>(&mut reader).await {
+                    Ok(Some(told)) => told,
                     Ok(None) => return Ended::Lost(io::ErrorKind::UnexpectedEof.into()),
                     Err(error) => return Ended::Lost(error),
+                };
+                match Sockets::pair(std::mem::take(&mut status.sockets), fds) {
+                    Ok(sockets) => {
+                        let sockets = sockets.into_iter().map(|(task, s)| (task, Arc::new(s)));
+                        let mut kept = lock(kept);
+                        kept.0.extend(sockets);
+                        // A task may be gone since they were sent.
+                        kept.retain(latest.borrow().as_deref());
+                    }
+                    Err(error) => return Ended::Lost(error),
                 }
+                greeted.send_replace(Some(status.takes_sockets));
+                publish.send_replace(Some(status));
             }
         };
         let ended = tokio::select! {
@@ -301,6 +348,23 @@ impl Supervisor {
         };
         if *self.stopping.borrow() { Ended::Stopped } else { ended }
     }
+}
+
+fn lock(kept: &Mutex<Kept>) -> std::sync::MutexGuard<'_, Kept> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives a resolver the sockets that its predecessor left.
+async fn hand_over(writer: &mut OwnedWriteHalf, kept: &Mutex<Kept>) -> io::Result<()> {
+    let kept: Vec<_> = lock(kept).0.iter().map(|(task, s)| (*task, Arc::clone(s))).collect();
+    for some in kept.chunks(PER_FRAME) {
+        let of =
+            |(task, s): &(TaskId, Arc<Sockets>)| SocketsOf { task: *task, netns: s.netns.clone() };
+        let request = Request::Sockets(some.iter().map(of).collect());
+        let fds: Vec<_> = some.iter().flat_map(|(_, sockets)| sockets.fds()).collect();
+        handover::send(writer, &request, &fds).await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

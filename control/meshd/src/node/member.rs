@@ -178,6 +178,9 @@ impl Member {
             upstreams(),
         ));
         let agent = start_agent(options, engine, Arc::clone(&plumbing)).await?;
+        let found = agent.snapshot();
+        plumbing
+            .resume(found.tasks.values().filter_map(|t| Some((&t.assignment, t.netns.clone()?))));
         let _ = handler.agent.set(agent.clone());
         tasks.spawn(names(watched.clone(), plumbing));
         gossip.update_members(expected(&watched.borrow()));

@@ -35,6 +35,7 @@ pub(crate) struct Plumbing {
     resolver: Arc<Resolver>,
     upstreams: Vec<SocketAddr>,
     plugged: Mutex<BTreeMap<TaskId, TaskView>>,
+    resumed: watch::Sender<bool>,
 }
 
 impl Plumbing {
@@ -44,7 +45,21 @@ impl Plumbing {
         resolver: Arc<Resolver>,
         upstreams: Vec<SocketAddr>,
     ) -> Self {
-        Self { records, dataplane, resolver, upstreams, plugged: Mutex::default() }
+        let (plugged, resumed) = (Mutex::default(), watch::Sender::new(false));
+        Self { records, dataplane, resolver, upstreams, plugged, resumed }
+    }
+
+    /// Goes on with the tasks that an earlier daemon plugged in. Nothing is plugged, unplugged or
+    /// told before: the resolver would close the sockets of every task that it does not hear of.
+    pub(crate) fn resume<'a>(&self, tasks: impl Iterator<Item = (&'a TaskAssignment, PathBuf)>) {
+        let views = tasks.map(|(task, netns)| (task.id, task_view(task, netns)));
+        self.lock().extend(views);
+        self.resumed.send_replace(true);
+    }
+
+    async fn wait_resumed(&self) {
+        // The sender is this value's own.
+        let _ = self.resumed.subscribe().wait_for(|resumed| *resumed).await;
     }
 
     /// Tells the resolver what stands now. Whole, so that nothing is ever missing for long.
@@ -76,6 +91,7 @@ impl Plumbing {
 #[async_trait]
 impl Plumber for Plumbing {
     async fn attach(&self, task: &TaskAssignment, netns: &Path) -> Result<()> {
+        self.wait_resumed().await;
         let records = self.records_for(task).await?;
         let interfaces = interfaces(task, &records, self.dataplane.underlay_mtu())?;
         self.dataplane.attach(task.id, netns.to_owned(), interfaces).await?;
@@ -89,6 +105,7 @@ impl Plumber for Plumbing {
     }
 
     async fn detach(&self, task: TaskId) -> Result<()> {
+        self.wait_resumed().await;
         if self.lock().remove(&task).is_some() {
             self.push_names();
         }
