@@ -264,7 +264,13 @@ impl Driver {
                         value,
                         is_drop: counter.is_drop(),
                     });
-                let _ = done.send(counters.collect());
+                // Not the programs' own: what was changed by hand, and came back.
+                let healed = CounterValue {
+                    name: "healed".to_owned(),
+                    value: self.engine.healed(),
+                    is_drop: false,
+                };
+                let _ = done.send(counters.chain([healed]).collect());
             }
             Request::Teardown { .. } => {}
         }
