@@ -372,6 +372,8 @@ counters! {
     IcmpRelayed = 11, "icmp_relayed";
     /// Probes of other nodes answered in place.
     ProbeReflected = 12, "probe_reflected";
+    /// Packets of published ports whose backend is gone from here, given to another.
+    MeshRebalanced = 13, "mesh_rebalanced";
     /// Not understood: too short, bad header.
     DropMalformed = 32, "malformed";
     /// Source MAC is not the endpoint's.

@@ -1,8 +1,8 @@
 //! The routing mesh: published ports, late DNAT, and the way back.
 //!
 //! Forwarding between nodes leaves the time to live alone: to its client a published port is at the
-//! node that it called, and neither direction can loop (`06` frames are delivered or dropped, `0a`
-//! frames leave the overlay).
+//! node that it called, and neither direction can loop (`06` frames are delivered, dropped, or go
+//! on once; `0a` frames leave the overlay).
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
@@ -176,19 +176,46 @@ pub fn forwarded<const DIRECT: bool>(
     config: &Config,
     frame: &Frame,
     ip: &mut Ip,
+    way: &mut Way,
     dst: Mac,
 ) -> Verdict {
-    let node = *get!(VTEPS, &addr::wide(frame.vtep)).ok_or(Counter::DropTunnelSource)?;
-    if Mac::from_words(frame.eth.src) != Mac::new(mac::MESH_RETURN, node) {
+    let sender = *get!(VTEPS, &addr::wide(frame.vtep)).ok_or(Counter::DropTunnelSource)?;
+    let src = Mac::from_words(frame.eth.src);
+    // The ingress node. Another one sends where it gave the packet to another backend.
+    let node = src.id();
+    let first = node == sender;
+    if src.kind() != mac::MESH_RETURN || (!first && get!(NODES, &node).is_none()) {
         return Err(Counter::DropTunnelOwner);
     }
     if frame.vni != config.ingress_vni || frame.vni == 0 {
         return Err(Counter::DropTunnelVni);
     }
-    let endpoint = get!(ENDPOINTS, &dst.id()).ok_or(Counter::DropMesh)?;
-    if endpoint.ifindex == 0 || endpoint.flags & EP_INGRESS == 0 {
-        return Err(Counter::DropMesh);
-    }
+    let mut id = dst.id();
+    let here = get!(ENDPOINTS, &id)
+        .filter(|endpoint| endpoint.ifindex != 0 && endpoint.flags & EP_INGRESS != 0);
+    let endpoint = match here {
+        Some(endpoint) => endpoint,
+        None => {
+            // Once, by the node that the ingress node chose.
+            if !first {
+                return Err(Counter::DropMesh);
+            }
+            id = another(ip, id).ok_or(Counter::DropMesh)?;
+            let endpoint = get!(ENDPOINTS, &id).ok_or(Counter::DropMesh)?;
+            if endpoint.ifindex == 0 {
+                if DIRECT {
+                    // By the VXLAN device, which clears the tunnel's marks: with them the kernel
+                    // encapsulates nothing again. These packets are few.
+                    return Ok(PASS);
+                }
+                count(Counter::MeshRebalanced);
+                let dst = Mac::new(mac::MESH_FORWARD, id);
+                return way.lead(config.ingress_vni, dst, src, endpoint, ip);
+            }
+            count(Counter::MeshRebalanced);
+            endpoint
+        }
+    };
     if !ip.has_l4 {
         return Err(Counter::DropProtocol);
     }
@@ -209,7 +236,7 @@ pub fn forwarded<const DIRECT: bool>(
     let mut target = Target::NONE;
     if let Some(entry) = flows::find(key, now) {
         target = Target::of(entry.value());
-        if target.endpoint != dst.id() {
+        if target.endpoint != id {
             // The ingress node chose anew: its word counts.
             entry.forget(key);
             target.endpoint = 0;
@@ -219,7 +246,7 @@ pub fn forwarded<const DIRECT: bool>(
     }
     if target.endpoint == 0 {
         let published = get!(PUBLISHED, &port).ok_or(Counter::DropMesh)?;
-        let arrival = Arrival { published: *published, hash, now, node, endpoint: dst.id() };
+        let arrival = Arrival { published: *published, hash, now, node, endpoint: id };
         admit(key, &arrival, &mut target);
         if target.endpoint == 0 {
             return Err(target.error);
@@ -231,6 +258,18 @@ pub fn forwarded<const DIRECT: bool>(
     }
     count(Counter::FromTunnel);
     deliver(ctx, config, ip, &target, endpoint)
+}
+
+/// Another backend for a packet whose own is gone: by this node's table, so the same for all of a
+/// flow.
+#[inline(always)]
+fn another(ip: &Ip, gone: u64) -> Option<u64> {
+    if !ip.has_l4 || !matches!(ip.tuple.protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
+        return None;
+    }
+    let key = PublishedKey { port_be: ip.tuple.dport_be, protocol: ip.tuple.protocol, pad: 0 };
+    let published = get!(PUBLISHED, &key)?;
+    pick(published.service, hash::flow(&ip.tuple)).filter(|id| *id != gone)
 }
 
 /// What a task sends through its `gw0`: replies of published ports, calls to them, and what goes to

@@ -61,7 +61,7 @@ pub fn from_uplink(ctx: &TcContext, way: &mut Way) -> Verdict {
         }
         let vni = tunnel::vni(&vxlan).ok_or(Counter::DropTunnelVni)?;
         let frame = Frame { eth, vni, vtep: outer.ip.src, tos: outer.ip.tos };
-        return receive::<true>(ctx, config, &frame);
+        return receive::<true>(ctx, config, &frame, way);
     }
     mesh_ingress(ctx, config, &outer, way)
 }
@@ -91,17 +91,22 @@ fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) 
 }
 
 #[inline(always)]
-pub fn from_vxlan(ctx: &TcContext, _way: &mut Way) -> Verdict {
+pub fn from_vxlan(ctx: &TcContext, way: &mut Way) -> Verdict {
     let config = config()?;
     let (vtep, vni) = tunnel_source(ctx)?;
     pull(ctx, parse_len(L3));
     let eth: EthHeader = read(ctx, 0).ok_or(Counter::DropMalformed)?;
-    receive::<false>(ctx, config, &Frame { eth, vni, vtep, tos: 0 })
+    receive::<false>(ctx, config, &Frame { eth, vni, vtep, tos: 0 }, way)
 }
 
 /// A frame with its outer headers still on (`DIRECT`), or without.
 #[inline(always)]
-fn receive<const DIRECT: bool>(ctx: &TcContext, config: &Config, frame: &Frame) -> Verdict {
+fn receive<const DIRECT: bool>(
+    ctx: &TcContext,
+    config: &Config,
+    frame: &Frame,
+    way: &mut Way,
+) -> Verdict {
     if !is_ipv4(&frame.eth) {
         return Err(unknown(frame, Counter::DropEtherType));
     }
@@ -114,7 +119,7 @@ fn receive<const DIRECT: bool>(ctx: &TcContext, config: &Config, frame: &Frame) 
     let mut ip = parse(ctx, if DIRECT { L3 + ENCAP } else { L3 })?;
     match dst.kind() {
         mac::ENDPOINT => unicast::<DIRECT>(ctx, config, frame, &mut ip, dst),
-        mac::MESH_FORWARD => mesh::forwarded::<DIRECT>(ctx, config, frame, &mut ip, dst),
+        mac::MESH_FORWARD => mesh::forwarded::<DIRECT>(ctx, config, frame, &mut ip, way, dst),
         mac::MESH_RETURN => mesh::returned::<DIRECT>(ctx, config, frame, &mut ip, dst),
         _ => Err(unknown(frame, Counter::DropNoEndpoint)),
     }
