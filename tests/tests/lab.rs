@@ -50,6 +50,13 @@ fn main() -> ExitCode {
             ],
         },
         Plan {
+            name: "trust",
+            topology: FIVE,
+            cluster: true,
+            meshd_args: &[],
+            groups: &[cases::trust::GROUP],
+        },
+        Plan {
             name: "jumbo",
             topology: Topology { managers: 1, workers: 1, mtu: 9000 },
             cluster: true,

@@ -12,6 +12,7 @@ pub mod mesh;
 pub mod network;
 pub mod security;
 pub mod service;
+pub mod trust;
 pub mod vip;
 
 /// A group of a module's functions: the name of a case is its function's.
