@@ -258,7 +258,7 @@ fn assignment(bits: u128, argv: &[&str]) -> TaskAssignment {
         spec: TaskSpec { args: strings(argv), ..TaskSpec::default() },
         leases: Vec::new(),
         desired: TaskState::Running,
-        drain: std::time::Duration::ZERO,
+        drain: Duration::ZERO,
         ports: Vec::new(),
     }
 }
@@ -541,7 +541,7 @@ async fn a_silent_shim_is_not_lost() {
     let state = found(fixture.executor.list().await.unwrap());
     assert_eq!(state, FoundState::Created { netns: netns.clone() });
     kill(shim, Signal::SIGCONT).unwrap();
-    let pid = fixture.start().await;
+    let pid = fixture.executor.start(fixture.id()).await.unwrap();
     kill(shim, Signal::SIGSTOP).unwrap();
     assert_eq!(found(fixture.executor.list().await.unwrap()), FoundState::Running { netns, pid });
     kill(shim, Signal::SIGKILL).unwrap();
