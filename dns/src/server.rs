@@ -481,7 +481,7 @@ async fn converse(stream: UnixStream, ask: mpsc::Sender<Asked>, mut told: watch:
             let Told { status, sockets } = told.borrow_and_update().clone();
             sent.retain(|task, _| sockets.contains_key(task));
             let is_new = |(task, open): &(TaskId, Arc<Open>)| {
-                !sent.get(task).is_some_and(|sent| sent.as_ptr() == Arc::as_ptr(open))
+                sent.get(task).is_none_or(|sent| sent.as_ptr() != Arc::as_ptr(open))
             };
             let new: Vec<_> = sockets.into_iter().filter(is_new).collect();
             sent.extend(new.iter().map(|(task, open)| (*task, Arc::downgrade(open))));

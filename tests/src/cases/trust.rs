@@ -47,7 +47,7 @@ fn pause() {
 fn wait_replaced(c: &Cluster, service: &str, count: usize, old: &BTreeSet<String>) -> Result<()> {
     eventually(&format!("{service} to be replaced"), ROLL_OUT, || {
         let tasks = c.tasks(service)?;
-        let fresh = tasks.iter().filter(|t| t.state == "running" && !old.contains(&t.name)).count();
+        let fresh = tasks.iter().filter(|t| t.state == "running" && !old.contains(&t.id)).count();
         let alive = tasks.iter().filter(|t| t.state == "running").count();
         let states: Vec<_> = tasks.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
         ensure!(fresh == count && alive == count, "{fresh} new of {alive}: {states:?}");
@@ -55,12 +55,12 @@ fn wait_replaced(c: &Cluster, service: &str, count: usize, old: &BTreeSet<String
     })
 }
 
-fn names(c: &Cluster, service: &str) -> Result<BTreeSet<String>> {
-    Ok(c.running(service)?.into_iter().map(|task| task.name).collect())
+fn ids(c: &Cluster, service: &str) -> Result<BTreeSet<String>> {
+    Ok(c.running(service)?.into_iter().map(|task| task.id).collect())
 }
 
 fn roll(c: &Cluster, node: &str, options: &str) -> Result<()> {
-    let old = names(c, "web")?;
+    let old = ids(c, "web")?;
     c.meshctl(node, &format!("service update --detach --force {options} web"))?.ok()?;
     wait_replaced(c, "web", old.len(), &old)
 }
@@ -122,7 +122,7 @@ fn one_replica_moves_without_a_gap(c: &Cluster) -> Result<()> {
     c.web(&format!("--replicas 1 {WEB}"))?;
     let node = c.wait_running("web", 1)?.pop().context("no task")?.node;
     let report = under_load(c, || {
-        let old = names(c, "web")?;
+        let old = ids(c, "web")?;
         c.meshctl("m1", &format!("node update --availability drain {node}"))?.ok()?;
         wait_replaced(c, "web", 1, &old)
     });
@@ -137,14 +137,14 @@ fn a_dead_daemon_fails_no_request(c: &Cluster) -> Result<()> {
     let report = under_load(c, || {
         scale(c, 6)?;
         scale(c, 3)?;
-        let old: BTreeSet<_> = c.running("web")?.into_iter().map(|task| task.name).collect();
+        let old: BTreeSet<_> = c.running("web")?.into_iter().map(|task| task.id).collect();
         let there = c.running("web")?.iter().filter(|task| task.node == "w2").count();
         // What runs on the dead daemon's node cannot be told to end, and goes on.
         let options = "--update-order start-first --update-parallelism 1";
         c.meshctl("m1", &format!("service update --detach --force {options} web"))?.ok()?;
         eventually("new tasks beside the dead daemon's", ROLL_OUT, || {
             let tasks = c.running("web")?;
-            let fresh = tasks.iter().filter(|task| !old.contains(&task.name)).count();
+            let fresh = tasks.iter().filter(|task| !old.contains(&task.id)).count();
             ensure!(fresh + there >= 3, "{fresh} new, {there} on w2");
             Ok(())
         })
@@ -192,7 +192,10 @@ fn a_crashed_worker_gets_no_requests(c: &Cluster) -> Result<()> {
     moved?;
     println!("    {report}");
     let last = report.last_failure().unwrap_or(at);
-    println!("    the last request that failed began {:?} after the crash", last.saturating_sub(at));
+    println!(
+        "    the last request that failed began {:?} after the crash",
+        last.saturating_sub(at)
+    );
     ensure!(last < at + Duration::from_secs(1), "{report}");
     eventually("w1 to be ready again", SOON, || {
         let nodes = c.meshctl("m1", "node ls")?.ok()?;
@@ -204,7 +207,7 @@ fn a_crashed_worker_gets_no_requests(c: &Cluster) -> Result<()> {
 /// Down in the list, and still in every balancer: its data path answers.
 fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
     c.web(&format!("--replicas 5 {WEB}"))?;
-    let before = names(c, "web")?;
+    let before = ids(c, "web")?;
     c.lab.end_daemon("w1", DaemonSignal::Kill)?;
     let report = under_load(c, || {
         eventually("w1 to be down", SOON, || {
@@ -216,7 +219,7 @@ fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
         thread::sleep(Duration::from_secs(8));
         Ok(())
     });
-    let after = names(c, "web");
+    let after = ids(c, "web");
     c.lab.start("w1")?;
     let report = report?;
     report.none_failed()?;

@@ -83,7 +83,8 @@ fn spread(
         .filter(|node| available(node))
         .map(|node| {
             let id = node.id;
-            (count(&failures, id) >= FAILURES, count(&copies, id), count(load, id), id)
+            let last = round.is_silent(id) || count(&failures, id) >= FAILURES;
+            (last, count(&copies, id), count(load, id), id)
         })
         .filter(|(_, _, load, _)| *load < NODE_TASKS)
         .collect();

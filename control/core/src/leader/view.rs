@@ -68,6 +68,7 @@ pub(super) struct Round<'a> {
     wake_at_ms: Option<u64>,
     /// What every node that is waited for has applied; `None`: there is none to wait for.
     acked: Option<u64>,
+    silent: BTreeSet<NodeId>,
 }
 
 impl<'a> Round<'a> {
@@ -85,7 +86,8 @@ impl<'a> Round<'a> {
             .filter(heard)
             .map(|node| memory.acked.get(&node.id).map_or(0, |revision| revision.get()))
             .min();
-        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None, acked }
+        let silent = memory.silent.clone();
+        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None, acked, silent }
     }
 
     /// Whether all nodes have applied a change, or had the time to. Looks again when they had it.
@@ -150,9 +152,19 @@ impl<'a> Round<'a> {
 
     /// Whether a task's successor has to wait for it: it has not ended, and its node may tell.
     pub(super) fn blocks(&self, task: &Task) -> bool {
+        // A node that was down before it heard of a task has nothing of it.
+        let unheard = |node| {
+            task.status.state == TaskState::Assigned
+                && self.store.nodes.get(&node).is_some_and(Node::is_down)
+        };
         !task.status.state.is_final()
             && task.status.state >= TaskState::Assigned
-            && task.node.is_some_and(|node| !self.lost(node))
+            && task.node.is_some_and(|node| !self.lost(node) && !unheard(node))
+    }
+
+    /// A node that was not heard for a moment: others are better for new tasks.
+    pub(super) fn is_silent(&self, node: NodeId) -> bool {
+        self.silent.contains(&node)
     }
 
     /// A node that runs nothing any more as far as anybody can tell.
