@@ -6,9 +6,9 @@
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    Config, Counter, EP_DRAINING, EP_INGRESS, EP_WITHDRAWN, Endpoint, FLOW_MESH, FLOW_MESH_REPLY,
-    FLOW_SELF, FLOW_SELF_REPLY, FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port,
-    Published, PublishedKey,
+    Config, Counter, EP_INGRESS, EP_WITHDRAWN, Endpoint, FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF,
+    FLOW_SELF_REPLY, FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port, Published,
+    PublishedKey,
 };
 use mesh_ebpf_core::{
     addr, flow, guard, hash,
@@ -169,12 +169,6 @@ fn deliver(
     to_peer(ctx, config, endpoint.ifindex)
 }
 
-/// Whether nothing is known of a packet's flow.
-#[inline(never)]
-fn is_new(ip: &mut Ip) -> bool {
-    flows::find(ip.key(FLOW_MESH, 0), flows::now()).is_none()
-}
-
 /// From an ingress node to a backend here: a frame of kind `06`.
 #[inline(always)]
 pub fn forwarded<const DIRECT: bool>(
@@ -199,18 +193,14 @@ pub fn forwarded<const DIRECT: bool>(
     let mut id = dst.id();
     let here = get!(ENDPOINTS, &id)
         .filter(|endpoint| endpoint.ifindex != 0 && endpoint.flags & EP_INGRESS != 0);
-    // A flow that begins while its backend drains: the ingress node does not know yet, or never will.
-    let leaves = match here {
-        Some(endpoint) => endpoint.flags & EP_DRAINING != 0 && first && ip.has_l4 && is_new(ip),
-        None => true,
-    };
-    // Once, by the node that the ingress node chose.
-    let other = if leaves && first { another(ip, id) } else { None };
-    let endpoint = match (here, other) {
-        (Some(endpoint), None) => endpoint,
-        (None, None) => return Err(Counter::DropMesh),
-        (_, Some(other)) => {
-            id = other;
+    let endpoint = match here {
+        Some(endpoint) => endpoint,
+        None => {
+            // Once, by the node that the ingress node chose.
+            if !first {
+                return Err(Counter::DropMesh);
+            }
+            id = another(ip, id).ok_or(Counter::DropMesh)?;
             let endpoint = get!(ENDPOINTS, &id).ok_or(Counter::DropMesh)?;
             if endpoint.ifindex == 0 {
                 if DIRECT {
