@@ -62,10 +62,8 @@ impl Sockets {
             // The states are those of include/net/tcp_states.h.
             match (protocol, state) {
                 // UDP: not connected to anybody, so it takes from anyone.
-                (Protocol::Tcp, "0A") | (Protocol::Udp, "07") => {
-                    if !address.is_loopback() {
-                        self.listening.insert((protocol, port));
-                    }
+                (Protocol::Tcp, "0A") | (Protocol::Udp, "07") if !address.is_loopback() => {
+                    self.listening.insert((protocol, port));
                 }
                 // All but SYN_SENT, and those where the other side has acknowledged all:
                 // FIN_WAIT2, TIME_WAIT, CLOSE. What is still to be sent dies with the namespace.

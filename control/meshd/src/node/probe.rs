@@ -347,7 +347,7 @@ mod tests {
                 for (_, nonce) in arrived {
                     self.probes.answered(now, number(2), end(2), nonce);
                 }
-                if now.as_millis() % 100 == 0 {
+                if now.as_millis().is_multiple_of(100) {
                     let next = &mut self.next;
                     let mut nonce = || {
                         *next += 1;
