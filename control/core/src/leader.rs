@@ -3,11 +3,11 @@
 //! One round looks at the whole store and asks for what should change, as one transaction (several
 //! when it is a lot):
 //! orchestrators ([`replicated`], [`global`], with [`restart`] for what ended) say which tasks
-//! there should be and [`update`] how fast, [`stop`] lets draining tasks end, then waiting tasks are let go, leases are tried again, the [`scheduler`] places
-//! what is pending, and the [`reaper`] forgets what is over. A chain of steps takes several rounds
-//! (a task made in one is placed in the next), so call it again after its commands were applied; it
-//! returns nothing once all is as it should be. The cost of a round is that of walking all tasks
-//! once.
+//! there should be and [`update`] how fast, [`stop`] lets draining tasks end, then waiting tasks
+//! are let go, leases are tried again, the [`scheduler`] places what is pending, and the [`reaper`]
+//! forgets what is over. A chain of steps takes several rounds (a task made in one is placed in the
+//! next), so call it again after its commands were applied; it returns nothing once all is as it
+//! should be. The cost of a round is that of walking all tasks once.
 
 mod global;
 mod reaper;

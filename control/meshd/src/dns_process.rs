@@ -1,9 +1,9 @@
 //! The resolver's process, seen from meshd: started if it is not there, found again if it is, told
 //! every snapshot, started again if it dies. It outlives meshd on purpose.
 //!
-//! Duplicates of the sockets that it serves are kept here: while it is dead they stay bound, so that
-//! what tasks ask waits for its successor, which is handed them. A meshd that starts gets them from
-//! the resolver that it finds.
+//! Duplicates of the sockets that it serves are kept here: while it is dead they stay bound, so
+//! that what tasks ask waits for its successor, which is handed them. A meshd that starts gets them
+//! from the resolver that it finds.
 
 use std::{
     collections::BTreeMap,

@@ -154,8 +154,8 @@ pub struct TaskAssignment {
     pub spec: TaskSpec,
     /// Its interfaces.
     pub leases: Vec<EndpointLease>,
-    /// How far it should go: `Ready`, `Running`, `Shutdown` or `Remove`. A task that is to end stays
-    /// at `Running` here until the nodes that balance to it have applied its draining.
+    /// How far it should go: `Ready`, `Running`, `Shutdown` or `Remove`. A task that is to end
+    /// stays at `Running` here until the nodes that balance to it have applied its draining.
     pub desired: TaskState,
     /// How long its open connections may take to end before it is told to stop.
     #[serde(default)]

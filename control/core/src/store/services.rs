@@ -111,8 +111,8 @@ impl Store {
         Ok(())
     }
 
-    /// How the leader's loops say that an update goes on, see [`crate::command::TaskChange::Update`]. A manual
-    /// rollback is the same with its own message.
+    /// How the leader's loops say that an update goes on, see
+    /// [`crate::command::TaskChange::Update`]. A manual rollback is the same with its own message.
     pub(super) fn advance_update(
         &mut self,
         at: At,

@@ -337,7 +337,8 @@ mod tests {
             "meshctl service create --name w --mode global -e A=b -e HOME -e NOSUCH -l x=y \
              --restart-condition on-failure --restart-delay 1s --stop-signal SIGINT \
              --stop-grace-period 3s --constraint node.role==worker --update-delay 2s \
-             --update-order start-first --endpoint-mode dnsrr --hostname h -w /tmp --runtime process \
+             --update-order start-first --endpoint-mode dnsrr --hostname h -w /tmp \
+             --runtime process \
              -- true",
         )
         .unwrap();

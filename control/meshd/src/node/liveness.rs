@@ -18,8 +18,8 @@ use mesh_types::NodeId;
 
 /// How often nodes report when they have nothing to say.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A node silent for this long is down. Its tasks are replaced once its data path is silent too, for
-/// as long as the cluster's `reschedule_after_secs` says.
+/// A node silent for this long is down. Its tasks are replaced once its data path is silent too,
+/// for as long as the cluster's `reschedule_after_secs` says.
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(10);
 
 /// Nobody waits for the acknowledgement of a node that is silent for this long.
