@@ -36,8 +36,11 @@ fn address(task: &Task) -> Result<String> {
 fn genuine(c: &Cluster, from: &Task, to: &Task) -> Result<Vec<u8>> {
     const PCAP_HEADERS: usize = 24 + 16;
     const OUTER_HEADERS: usize = 14 + 20 + 8;
-    let filter =
-        format!("tcpdump -i {} -c 1 -U -w - udp dst port {VXLAN_PORT} 2>/dev/null", to.node);
+    // Of a network: the data-path probes have VNI 0.
+    let filter = format!(
+        "tcpdump -i {} -c 1 -U -w - 'udp dst port {VXLAN_PORT} and udp[12:2] != 0' 2>/dev/null",
+        to.node
+    );
     let mut capture = c.lab.exec("router", &["timeout", "10", "sh", "-c", &filter]);
     let capture = capture.stdout(std::process::Stdio::piped()).spawn().context("start tcpdump")?;
     let address = address(to)?;
