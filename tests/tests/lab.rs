@@ -54,7 +54,7 @@ fn main() -> ExitCode {
             topology: FIVE,
             cluster: true,
             meshd_args: &[],
-            groups: &[cases::trust::GROUP],
+            groups: &[cases::trust::GROUP, cases::paths::GROUP],
         },
         Plan {
             name: "jumbo",

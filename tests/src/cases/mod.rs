@@ -10,6 +10,7 @@ pub mod jumbo;
 pub mod lab;
 pub mod mesh;
 pub mod network;
+pub mod paths;
 pub mod security;
 pub mod service;
 pub mod trust;
