@@ -120,7 +120,10 @@ pub fn binaries() -> Result<PathBuf> {
     let exe = env::current_exe().context("find this test")?;
     let dir = exe.ancestors().nth(2).context("this test is not in a target directory")?;
     let mut build = Command::new(cargo);
-    build.args(["build", "--quiet", "-p", "meshd", "-p", "meshctl"]);
+    // A test among the targets, else cargo leaves the features out that only tests ask for of
+    // dependencies, and builds meshd a second time without them.
+    build.args(["build", "--quiet", "--workspace", "--test", "lab"]);
+    build.args(["--bin", "meshd", "--bin", "meshctl"]);
     if dir.ends_with("release") {
         build.arg("--release");
     }
@@ -396,16 +399,19 @@ impl Cluster {
     }
 
     /// The end of every daemon's log.
-    pub fn print_logs(&self) {
+    #[must_use]
+    pub fn logs(&self) -> String {
+        let mut shown = String::new();
         for node in self.lab.nodes() {
             let path = self.lab.places().log(&node.name);
             let text = std::fs::read_to_string(&path).unwrap_or_default();
             let lines: Vec<_> = text.lines().collect();
-            println!("-- {}", path.display());
+            shown.push_str(&format!("-- {}\n", path.display()));
             for line in &lines[lines.len().saturating_sub(15)..] {
-                println!("   {line}");
+                shown.push_str(&format!("   {line}\n"));
             }
         }
+        shown
     }
 }
 

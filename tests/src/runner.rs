@@ -2,7 +2,10 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
     process::ExitCode,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -40,6 +43,8 @@ pub struct Plan {
     pub cluster: bool,
     /// Arguments added to every daemon's own.
     pub meshd_args: &'static [&'static str],
+    /// Whether it runs when no other does: its cases measure time.
+    pub alone: bool,
     /// What runs.
     pub groups: &'static [Group],
 }
@@ -54,26 +59,36 @@ impl Plan {
     }
 }
 
-/// The arguments that `cargo test` passes on: words that a case's name must contain one of, and
-/// `--list`. Options of the usual harness are accepted and change nothing.
+/// The arguments that `cargo test` passes on: words that a case's name must contain one of,
+/// `--list`, and `--test-threads`, which is how many plans run side by side. Other options of the
+/// usual harness are accepted and change nothing.
 struct Arguments {
     list: bool,
     filters: Vec<String>,
     exact: bool,
+    side_by_side: usize,
 }
 
+/// Plans mostly wait, but a machine of two cores has no room for the clusters of three.
+const SIDE_BY_SIDE: usize = 2;
+
 impl Arguments {
-    fn parse(arguments: impl Iterator<Item = String>) -> Self {
-        let mut parsed = Self { list: false, filters: Vec::new(), exact: false };
-        for argument in arguments {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let mut parsed =
+            Self { list: false, filters: Vec::new(), exact: false, side_by_side: SIDE_BY_SIDE };
+        while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--list" => parsed.list = true,
                 "--exact" => parsed.exact = true,
+                "--test-threads" => parsed.side_by_side = threads(arguments.next().as_deref())?,
+                option if option.starts_with("--test-threads=") => {
+                    parsed.side_by_side = threads(option.split_once('=').map(|(_, n)| n))?;
+                }
                 option if option.starts_with('-') => {}
                 _ => parsed.filters.push(argument),
             }
         }
-        parsed
+        Ok(parsed)
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -82,14 +97,43 @@ impl Arguments {
     }
 }
 
+fn threads(number: Option<&str>) -> Result<usize> {
+    let number = number.and_then(|n| n.parse().ok()).filter(|n| *n > 0);
+    number.context("--test-threads takes a number from 1")
+}
+
+/// A plan's cases that are to run.
+struct Job<'a> {
+    plan: &'a Plan,
+    cases: Vec<(String, Case)>,
+}
+
+/// How a plan went.
+struct Done {
+    name: &'static str,
+    passed: usize,
+    failed: Vec<String>,
+    took: Duration,
+}
+
 /// Runs the plans as the command line says; failure if any case fails.
 #[must_use]
 pub fn run(plans: &[Plan]) -> ExitCode {
-    let arguments = Arguments::parse(std::env::args().skip(1));
+    let arguments = match Arguments::parse(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(e) => {
+            eprintln!("{e:#}");
+            return ExitCode::FAILURE;
+        }
+    };
     if arguments.list {
         for (name, _) in plans.iter().flat_map(Plan::names) {
             println!("{name}: test");
         }
+        return ExitCode::SUCCESS;
+    }
+    if std::env::var_os("MESH_TESTS_NO_LABS").is_some() {
+        println!("lab tests left out, as MESH_TESTS_NO_LABS says");
         return ExitCode::SUCCESS;
     }
     if !mesh_lab::host::is_root() {
@@ -97,25 +141,63 @@ pub fn run(plans: &[Plan]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let begin = Instant::now();
-    let (mut passed, mut failed) = (0_usize, Vec::new());
-    for plan in plans {
-        let wanted: Vec<_> = plan.names().filter(|(name, _)| arguments.wants(name)).collect();
-        if wanted.is_empty() {
-            continue;
-        }
-        match run_plan(plan, &wanted) {
-            Ok(failures) => {
-                passed += wanted.len() - failures.len();
-                failed.extend(failures);
-            }
-            Err(e) => {
-                println!("{}: {e:#}", plan.name);
-                failed.extend(wanted.into_iter().map(|(name, _)| name));
-            }
-        }
+    let wanted = |plan| {
+        let cases = Plan::names(plan).filter(|(name, _)| arguments.wants(name)).collect();
+        Job { plan, cases }
+    };
+    let jobs: Vec<_> = plans.iter().map(wanted).filter(|job| !job.cases.is_empty()).collect();
+    if jobs.is_empty() {
+        return sum_up(&[], begin.elapsed());
     }
-    let took = begin.elapsed().as_secs_f64();
-    println!("\nlab tests: {passed} passed, {} failed in {took:.1} s", failed.len());
+    let meshctl = match binaries().context("build what is tested") {
+        Ok(meshctl) => meshctl,
+        Err(e) => {
+            eprintln!("{e:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let (alone, together): (Vec<_>, Vec<_>) = jobs.iter().partition(|job| job.plan.alone);
+    let mut done = side_by_side(&together, arguments.side_by_side, &meshctl);
+    done.extend(alone.into_iter().map(|job| run_job(job, &meshctl)));
+    sum_up(&done, begin.elapsed())
+}
+
+/// Runs jobs on so many threads, each taking the next one.
+fn side_by_side(jobs: &[&Job<'_>], at_once: usize, meshctl: &Path) -> Vec<Done> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let take = || jobs.get(next.fetch_add(1, Ordering::Relaxed));
+        std::iter::from_fn(take).map(|job| run_job(job, meshctl)).collect::<Vec<_>>()
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..at_once.min(jobs.len())).map(|_| scope.spawn(work)).collect();
+        let joined = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        joined.flatten().collect()
+    })
+}
+
+fn run_job(job: &Job<'_>, meshctl: &Path) -> Done {
+    let Job { plan, cases } = job;
+    let (took, result) = timed(|| run_plan(plan, cases, meshctl));
+    let failed = result.unwrap_or_else(|e| {
+        println!("{}: {e:#}", plan.name);
+        cases.iter().map(|(name, _)| name.clone()).collect()
+    });
+    Done { name: plan.name, passed: cases.len() - failed.len(), failed, took }
+}
+
+fn sum_up(done: &[Done], took: Duration) -> ExitCode {
+    println!();
+    for Done { name, passed, failed, took } in done {
+        let (failed, took) = (failed.len(), took.as_secs_f64());
+        println!("plan {name}: {passed} passed, {failed} failed in {took:.1} s");
+    }
+    let passed: usize = done.iter().map(|plan| plan.passed).sum();
+    let failed: Vec<_> = done.iter().flat_map(|plan| &plan.failed).collect();
+    let took = took.as_secs_f64();
+    println!("lab tests: {passed} passed, {} failed in {took:.1} s", failed.len());
     for name in &failed {
         println!("    {name}");
     }
@@ -137,8 +219,8 @@ impl Drop for OwnLab {
     }
 }
 
-fn run_plan(plan: &Plan, wanted: &[(String, Case)]) -> Result<Vec<String>> {
-    let meshctl = binaries().context("build what is tested")?;
+/// Runs a plan's cases in a lab of its own, and says which failed.
+fn run_plan(plan: &Plan, wanted: &[(String, Case)], meshctl: &Path) -> Result<Vec<String>> {
     // Several working trees may test on one machine.
     let prefix = std::env::var("MESH_TESTS_LAB").unwrap_or_else(|_| "test".to_owned());
     let name: LabName = format!("{prefix}-{}", plan.name).parse()?;
@@ -146,12 +228,12 @@ fn run_plan(plan: &Plan, wanted: &[(String, Case)]) -> Result<Vec<String>> {
     let options = UpOptions {
         topology: plan.topology,
         cluster: plan.cluster,
-        meshctl,
+        meshctl: meshctl.to_owned(),
         meshd_args: plan.meshd_args.iter().map(|&arg| arg.to_owned()).collect(),
     };
     let begin = Instant::now();
     let _own = OwnLab(name.clone());
-    let lab = Lab::up(&name, options, &|step| println!("  {step}"))?;
+    let lab = Lab::up(&name, options, &|step| println!("  {}: {step}", plan.name))?;
     let cluster = Cluster::new(lab, begin.elapsed());
     let mut failed = Vec::new();
     for (name, case) in wanted {
@@ -165,7 +247,7 @@ fn run_plan(plan: &Plan, wanted: &[(String, Case)]) -> Result<Vec<String>> {
         }
     }
     if !failed.is_empty() {
-        cluster.print_logs();
+        println!("{}", cluster.logs());
     }
     Ok(failed)
 }
@@ -193,14 +275,28 @@ fn said(panic: &(dyn std::any::Any + Send)) -> String {
 mod tests {
     use super::*;
 
+    fn parse(args: &[&str]) -> Result<Arguments> {
+        Arguments::parse(args.iter().map(|&a| a.to_owned()))
+    }
+
     #[test]
-    fn filters_choose_by_part_of_a_name() {
-        let parse = |args: &[&str]| Arguments::parse(args.iter().map(|&a| a.to_owned()));
-        assert!(parse(&[]).wants("direct/dns/names"));
-        assert!(parse(&["--quiet", "dns"]).wants("direct/dns/names"));
-        assert!(!parse(&["mesh"]).wants("direct/dns/names"));
-        assert!(parse(&["mesh", "names"]).wants("direct/dns/names"));
-        assert!(!parse(&["--exact", "names"]).wants("direct/dns/names"));
-        assert!(parse(&["--list"]).list);
+    fn filters_choose_by_part_of_a_name() -> Result<()> {
+        assert!(parse(&[])?.wants("direct/dns/names"));
+        assert!(parse(&["--quiet", "dns"])?.wants("direct/dns/names"));
+        assert!(!parse(&["mesh"])?.wants("direct/dns/names"));
+        assert!(parse(&["mesh", "names"])?.wants("direct/dns/names"));
+        assert!(!parse(&["--exact", "names"])?.wants("direct/dns/names"));
+        assert!(parse(&["--list"])?.list);
+        Ok(())
+    }
+
+    #[test]
+    fn threads_are_plans_side_by_side() -> Result<()> {
+        assert_eq!(parse(&[])?.side_by_side, SIDE_BY_SIDE);
+        assert_eq!(parse(&["--test-threads=3"])?.side_by_side, 3);
+        let two = parse(&["--test-threads", "1", "dns"])?;
+        assert_eq!((two.side_by_side, two.filters.len()), (1, 1));
+        assert!(parse(&["--test-threads"]).is_err() && parse(&["--test-threads=0"]).is_err());
+        Ok(())
     }
 }

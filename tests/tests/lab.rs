@@ -1,5 +1,6 @@
-//! Labs and what must hold in them. `cargo test -p mesh-tests --test lab -- NAME` runs the cases
-//! whose name contains NAME; `MESH_TESTS_KEEP=1` leaves the lab up.
+//! Labs and what must hold in them. `cargo test --workspace --test lab -- NAME` runs the cases
+//! whose name contains NAME; `MESH_TESTS_KEEP=1` leaves the lab up. Plans run side by side, in this
+//! order: what takes longest comes first.
 
 use std::process::ExitCode;
 
@@ -25,17 +26,11 @@ const FIVE: Topology = Topology { managers: 3, workers: 2, mtu: 1500 };
 fn main() -> ExitCode {
     run(&[
         Plan {
-            name: "hand",
-            topology: Topology { managers: 1, workers: 1, mtu: 1500 },
-            cluster: false,
-            meshd_args: &[],
-            groups: &[cases::lab::GROUP, cases::join::GROUP],
-        },
-        Plan {
             name: "direct",
             topology: FIVE,
             cluster: true,
             meshd_args: &[],
+            alone: false,
             groups: &[
                 cases::cluster::GROUP,
                 cases::service::GROUP,
@@ -50,25 +45,36 @@ fn main() -> ExitCode {
             ],
         },
         Plan {
-            name: "trust",
+            name: "fallback",
             topology: FIVE,
             cluster: true,
+            meshd_args: &["--vxlan-via-device"],
+            alone: false,
+            groups: DATA_PLANE,
+        },
+        Plan {
+            name: "hand",
+            topology: Topology { managers: 1, workers: 1, mtu: 1500 },
+            cluster: false,
             meshd_args: &[],
-            groups: &[cases::trust::GROUP, cases::paths::GROUP],
+            alone: false,
+            groups: &[cases::lab::GROUP, cases::join::GROUP],
         },
         Plan {
             name: "jumbo",
             topology: Topology { managers: 1, workers: 1, mtu: 9000 },
             cluster: true,
             meshd_args: &[],
+            alone: false,
             groups: &[cases::jumbo::GROUP],
         },
         Plan {
-            name: "fallback",
+            name: "trust",
             topology: FIVE,
             cluster: true,
-            meshd_args: &["--vxlan-via-device"],
-            groups: DATA_PLANE,
+            meshd_args: &[],
+            alone: true,
+            groups: &[cases::trust::GROUP, cases::paths::GROUP],
         },
     ])
 }

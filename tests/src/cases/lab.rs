@@ -32,6 +32,11 @@ fn lab_command(c: &Cluster, line: &str) -> Result<crate::cluster::Ran> {
     c.meshctl("m1", &format!("lab --name {} {line}", c.lab.name()))
 }
 
+/// The name of another lab of this case's own: labs of other runs may be on the machine too.
+fn beside(c: &Cluster, what: &str) -> String {
+    format!("{}-{what}", c.lab.name())
+}
+
 fn ps_as_the_contract_says(c: &Cluster) -> Result<()> {
     let rows = lab_command(c, "ps --format json")?.ok()?;
     let rows: Value = serde_json::from_str(&rows).context("ps prints JSON")?;
@@ -155,21 +160,23 @@ fn the_world_outside(c: &Cluster) -> Result<()> {
 fn a_taken_name_is_refused(c: &Cluster) -> Result<()> {
     lab_command(c, "up --no-cluster")?.refused(&["exists already", "down"])?;
     c.meshctl("m1", "lab --name No! up")?.refused(&["name"])?;
-    c.meshctl("m1", "lab --name test-none ps")?.refused(&["test-none", "up"])?;
-    c.meshctl("m1", "lab --name test-none up --managers 0")?.refused(&["managers"])
+    let none = beside(c, "none");
+    c.meshctl("m1", &format!("lab --name {none} ps"))?.refused(&[&none, "up"])?;
+    c.meshctl("m1", &format!("lab --name {none} up --managers 0"))?.refused(&["managers"])
 }
 
 fn without_root_nothing_changes(c: &Cluster) -> Result<()> {
     // The build directory may not be open to everyone; the binary may be copied.
-    let copy = Path::new("/tmp/mesh-test-meshctl");
-    fs::copy(c.lab.meshctl(), copy).context("copy meshctl")?;
-    let mut up = Command::new(copy);
-    up.args(["lab", "up", "--name", "test-nobody"]).uid(65534).gid(65534);
+    let name = beside(c, "nobody");
+    let copy = std::env::temp_dir().join(format!("{name}-meshctl"));
+    fs::copy(c.lab.meshctl(), &copy).context("copy meshctl")?;
+    let mut up = Command::new(&copy);
+    up.args(["lab", "up", "--name", &name]).uid(65534).gid(65534);
     let ran = run(up, b"");
     fs::remove_file(copy).context("remove the copy")?;
     ran?.refused(&["root", "nothing was changed"])?;
-    ensure!(!Path::new("/run/mesh-lab/test-nobody").exists());
-    ensure!(!Path::new("/var/lib/mesh-lab/test-nobody").exists());
+    ensure!(!Path::new("/run/mesh-lab").join(&name).exists());
+    ensure!(!Path::new("/var/lib/mesh-lab").join(&name).exists());
     Ok(())
 }
 
@@ -220,7 +227,7 @@ fn bpf_of(name: &str) -> Result<(Vec<u64>, Vec<u64>)> {
 }
 
 fn nothing_is_left(c: &Cluster) -> Result<()> {
-    let name = "test-leaves";
+    let name = &beside(c, "leaves");
     let links = run(shell("ip -br link | cut -d' ' -f1"), b"")?.ok()?;
     let lab = |line: &str| c.meshctl("m1", &format!("lab --name {name} {line}"));
     lab("up --managers 1 --workers 1")?.ok()?;
@@ -261,7 +268,7 @@ fn nothing_is_left(c: &Cluster) -> Result<()> {
 
 /// `up` is killed at moments that go through all of it.
 fn killed_half_way(c: &Cluster) -> Result<()> {
-    let name: LabName = "test-killed".parse()?;
+    let name: LabName = beside(c, "killed").parse()?;
     for milliseconds in [3, 8, 15, 25, 40, 70, 150, 400] {
         let mut up = Command::new(c.lab.meshctl());
         up.args(["lab", "up", "--managers", "1", "--workers", "1", "--name", name.as_str()]);
@@ -444,7 +451,7 @@ fn a_capture_holds_what_was_sent(c: &Cluster) -> Result<()> {
 }
 
 fn nodes_come_and_go(c: &Cluster) -> Result<()> {
-    let name: LabName = format!("{}-g", c.lab.name()).parse()?;
+    let name: LabName = beside(c, "grows").parse()?;
     let lab = |line: &str| c.meshctl("m1", &format!("lab --name {name} {line}"));
     let down = || lab("down")?.ok();
     lab("up --managers 1 --workers 0")?.ok()?;

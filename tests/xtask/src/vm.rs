@@ -9,10 +9,13 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use crate::shell::cargo;
 
 /// A kernel series: its name for people, and the meta-package whose newest image is taken.
 const KERNELS: &[(&str, &str)] = &[("6.1", "linux-image-6.1.0-"), ("6.12", "linux-image-6.12.")];
@@ -50,43 +53,51 @@ const TESTS: &[&str] = &[
 /// A machine without KVM boots in 10 s and runs these tests in a minute or two.
 const DEADLINE: Duration = Duration::from_secs(600);
 
-/// Runs the packages' integration tests in every kernel: those that `filter` names, else [`TESTS`].
-pub(crate) fn run(packages: &[&str], filter: Option<&str>) -> Result<()> {
+/// Runs an integration test in every kernel, all at once: the cases that `filter` names, else
+/// [`TESTS`].
+pub(crate) fn run(test: &str, filter: Option<&str>) -> Result<()> {
     let dir = fs::canonicalize(".")?.join("target/vm");
     fs::create_dir_all(&dir)?;
-    let tests = executables(packages)?;
-    ensure!(!tests.is_empty(), "no integration tests found in {packages:?}");
-    let mut failures = Vec::new();
+    let tests = executables(test)?;
+    ensure!(!tests.is_empty(), "no integration test {test:?} found");
+    let mut kernels = Vec::new();
     for (series, prefix) in KERNELS {
-        let Some(kernel) = Kernel::fetch(&dir, prefix)? else {
-            println!("vm {series}: skipped, this Debian release has no {prefix}* package");
-            continue;
-        };
-        println!("vm {series}: booting {}", kernel.release);
-        let start = Instant::now();
-        let initrd = initramfs(&dir, &kernel, &tests, filter)?;
-        let result = boot(&dir, &kernel, &initrd, tests.len()).and_then(|cases| {
-            // The names above may have got stale.
-            ensure!(filter.is_some() || cases >= TESTS.len(), "only {cases} tests ran in {series}");
-            Ok(())
-        });
-        println!("vm {series}: {} s", start.elapsed().as_secs());
-        if let Err(error) = result {
-            failures.push(error.to_string());
+        match Kernel::fetch(&dir, series, prefix)? {
+            Some(kernel) => kernels.push(kernel),
+            None => println!("vm {series}: skipped, this Debian release has no {prefix}* package"),
         }
     }
+    let results: Vec<_> = thread::scope(|scope| {
+        let (dir, tests) = (&dir, &tests);
+        let run = |kernel| scope.spawn(move || run_in(dir, kernel, tests, filter));
+        let threads: Vec<_> = kernels.iter().map(run).collect();
+        let panicked = |_| Err(anyhow!("a thread that runs a kernel panicked"));
+        threads.into_iter().map(|t| t.join().unwrap_or_else(panicked)).collect()
+    });
+    let failures: Vec<_> =
+        results.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
 }
 
-/// Builds the packages' integration tests and lists them.
-fn executables(packages: &[&str]) -> Result<Vec<PathBuf>> {
-    let mut command = Command::new(env!("CARGO"));
-    command.args(["test", "--no-run", "--test", "*"]);
-    for package in packages {
-        command.args(["-p", package]);
-    }
-    let output = command.output().context("running cargo")?;
+fn run_in(dir: &Path, kernel: &Kernel, tests: &[PathBuf], filter: Option<&str>) -> Result<()> {
+    let Kernel { series, release, .. } = kernel;
+    println!("vm {series}: booting {release}");
+    let start = Instant::now();
+    let initrd = initramfs(dir, kernel, tests, filter)?;
+    let result = boot(dir, kernel, &initrd, tests.len());
+    println!("vm {series}: {} s", start.elapsed().as_secs());
+    let cases = result?;
+    // The names above may have got stale.
+    ensure!(filter.is_some() || cases >= TESTS.len(), "only {cases} tests ran in {series}");
+    Ok(())
+}
+
+/// Builds the integration tests of a name and lists them.
+fn executables(test: &str) -> Result<Vec<PathBuf>> {
+    let output = cargo(&["test", "--workspace", "--no-run", "--test", test])
+        .output()
+        .context("running cargo")?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "the tests do not build:\n{text}");
     // `  Executable tests/engine.rs (target/debug/deps/engine-0123456789abcdef)`
@@ -98,13 +109,14 @@ fn executables(packages: &[&str]) -> Result<Vec<PathBuf>> {
 }
 
 struct Kernel {
+    series: &'static str,
     release: String,
     root: PathBuf,
 }
 
 impl Kernel {
     /// Downloads and unpacks the newest image of a series, once.
-    fn fetch(dir: &Path, prefix: &str) -> Result<Option<Self>> {
+    fn fetch(dir: &Path, series: &'static str, prefix: &str) -> Result<Option<Self>> {
         let pattern = format!("^{}[0-9].*-amd64$", prefix.replace('.', r"\."));
         let found = text("apt-cache", &["search", "--names-only", &pattern])?;
         let newest = found
@@ -134,7 +146,7 @@ impl Kernel {
             quiet(Command::new("depmod").arg("-b").arg(&root).arg(&release))?;
             fs::write(root.join("done"), "")?;
         }
-        Ok(Some(Self { release, root }))
+        Ok(Some(Self { series, release, root }))
     }
 
     /// The files of a module and all that it needs, in loading order.
@@ -295,12 +307,18 @@ poweroff -f
     )
 }
 
+/// How many processors a guest has: as many as there are, shared by the kernels, within reason.
+fn cpus() -> String {
+    let all = thread::available_parallelism().map_or(1, usize::from);
+    (all / KERNELS.len()).clamp(1, 2).to_string()
+}
+
 /// Boots, shows what the guest prints, and judges its results. Returns how many tests passed.
 fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<usize> {
     let log_path = dir.join(format!("{}.log", kernel.release));
     let mut log = fs::File::create(&log_path)?;
     let mut child = Command::new("qemu-system-x86_64")
-        .args(["-M", "q35", "-cpu", "qemu64", "-accel", "tcg,thread=multi", "-smp", "2"])
+        .args(["-M", "q35", "-cpu", "qemu64", "-accel", "tcg,thread=multi", "-smp", &cpus()])
         .args(["-m", "3072", "-nographic", "-no-reboot", "-nic", "none"])
         .arg("-kernel")
         .arg(kernel.root.join(format!("boot/vmlinuz-{}", kernel.release)))
@@ -314,7 +332,7 @@ fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<usiz
         .context("starting qemu-system-x86_64: `cargo xtask setup` installs it")?;
     let stdout = child.stdout.take().context("qemu has no standard output")?;
     let (lines, received) = mpsc::channel();
-    std::thread::spawn(move || {
+    thread::spawn(move || {
         for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).trim_end().to_owned();
             if lines.send(line).is_err() {
@@ -335,14 +353,14 @@ fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<usiz
             Some((test, _)) => failed.push(test.to_owned()),
             None if line.starts_with("test ") || line.contains("VM-KERNEL") => {
                 cases += usize::from(line.ends_with(" ok"));
-                println!("  {line}");
+                println!("  {}: {line}", kernel.series);
             }
             None => {}
         }
     }
     let _ = child.kill();
     let _ = child.wait();
-    println!("  {cases} tests passed");
+    println!("  {}: {cases} tests passed", kernel.series);
     ensure!(
         failed.is_empty() && passed == tests,
         "kernel {}: {passed} of {tests} test programs passed, failed: {failed:?}; \
