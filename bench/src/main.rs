@@ -1,9 +1,12 @@
-//! `mesh-bench`: measures mesh beside its peers, interleaved in one run, and writes the table.
+//! `mesh-bench`: measures mesh beside its peers, interleaved in one run, and what is felt when
+//! something fails; writes the tables.
 
+mod asks;
 mod cluster;
 mod overlay;
 mod peers;
 mod shell;
+mod trust;
 mod work;
 
 use anyhow::Result;
@@ -20,6 +23,11 @@ struct Cli {
 enum Command {
     /// The clear overlay beside raw routing and Docker's path.
     Overlay(overlay::Overlay),
+    /// What users feel when something fails, or is changed, each many times.
+    Trust(trust::Trust),
+    /// One event of `trust` in a lab that is up (used by the demo).
+    #[command(hide = true)]
+    Event(trust::One),
     /// Builds the peers alone and checks that they carry packets.
     Peers,
     /// One workload, inside a namespace (used by the benchmarks themselves).
@@ -30,6 +38,8 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Overlay(options) => overlay::run(&options),
+        Command::Trust(options) => trust::run(&options),
+        Command::Event(options) => trust::one(&options),
         Command::Peers => {
             let peers = peers::Peers::build(1500)?;
             for path in [peers.raw(), peers.docker(), peers.routed_from_outside()] {

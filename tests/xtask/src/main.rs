@@ -36,7 +36,7 @@ enum Command {
         #[arg(long)]
         no_vm: bool,
     },
-    /// Run a benchmark beside its peers; `cargo xtask bench overlay`
+    /// Run a benchmark: `overlay` beside its peers, `trust` while things fail
     Bench {
         /// The benchmark
         name: String,

@@ -32,6 +32,7 @@ pub(crate) const ALL: &[Tool] = &[
     tool("tcpdump", &["tcpdump"]),
     // For the tests alone.
     tool("ethtool", &["ethtool"]),
+    tool("bpftool", &["bpftool"]),
     tool("docker", &["docker-cli", "docker.io"]),
     tool("qemu-system-x86_64", &["qemu-system-x86"]),
     tool("busybox", &["busybox-static"]),

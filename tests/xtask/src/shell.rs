@@ -39,6 +39,14 @@ pub(crate) fn cargo(args: &[&str]) -> Command {
     cargo
 }
 
+/// Builds, for release, all that the demo and the benchmarks run: the same selection for both, and
+/// with the features of the whole workspace, so that none makes the other build again.
+pub(crate) fn build_release() -> Result<()> {
+    println!("building (release)");
+    let binaries = ["--bin", "meshd", "--bin", "meshctl", "--bin", "mesh-bench"];
+    visible(cargo(&["build", "--release", "--workspace"]).args(binaries))
+}
+
 /// Tries until it works; the last failure is the error.
 pub(crate) fn eventually<T>(within: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + within;

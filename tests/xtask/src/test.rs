@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 
 use crate::{
     setup,
-    shell::{cargo, require_root, visible},
+    shell::{build_release, cargo, require_root, visible},
     vm,
 };
 
@@ -93,16 +93,7 @@ fn sum_up(parts: &[Part]) -> Result<()> {
 pub(crate) fn bench(name: &str, arguments: &[String]) -> Result<()> {
     require_root("a benchmark")?;
     setup::install(setup::ALL)?;
-    visible(&mut cargo(&[
-        "build",
-        "--release",
-        "--quiet",
-        "-p",
-        "meshd",
-        "-p",
-        "meshctl",
-        "-p",
-        "mesh-bench",
-    ]))?;
-    visible(cargo(&["run", "--release", "--quiet", "-p", "mesh-bench", "--", name]).args(arguments))
+    build_release()?;
+    let run = ["run", "--release", "--quiet", "--workspace", "--bin", "mesh-bench", "--", name];
+    visible(cargo(&run).args(arguments))
 }

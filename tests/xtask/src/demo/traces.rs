@@ -1,0 +1,72 @@
+//! What a lab could leave on the host.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use anyhow::Result;
+
+use super::LAB;
+use crate::shell::output;
+
+/// As lines to compare.
+#[derive(Debug)]
+pub(super) struct Traces(BTreeSet<String>);
+
+impl Traces {
+    pub(super) fn now() -> Result<Self> {
+        let mut lines = BTreeSet::new();
+        for (kind, program, args) in [
+            ("link", "ip", &["-br", "link"][..]),
+            ("route", "ip", &["route", "show", "table", "all"]),
+            ("rule", "ip", &["rule"]),
+            ("namespace", "ip", &["netns"]),
+            ("nft", "nft", &["list", "tables"]),
+        ] {
+            let listed = output(program, args)?;
+            // Counters of a link's state are no trace; its name is.
+            let name = |line: &str| if kind == "link" { first_word(line) } else { line.to_owned() };
+            lines.extend(listed.lines().map(|line| format!("{kind} {}", name(line))));
+        }
+        for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
+            lines.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or_default()));
+        }
+        for root in ["/sys/fs/cgroup/mesh", "/sys/fs/cgroup/unified/mesh", "/sys/fs/bpf/mesh"] {
+            lines.extend(directories(Path::new(root)));
+        }
+        for path in ["/run/mesh-lab", "/var/lib/mesh-lab"].map(|root| Path::new(root).join(LAB)) {
+            if path.exists() {
+                lines.insert(format!("files {}", path.display()));
+            }
+        }
+        lines.extend(processes()?);
+        Ok(Self(lines))
+    }
+
+    pub(super) fn beyond(&self, before: &Self) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+}
+
+fn first_word(line: &str) -> String {
+    line.split_whitespace().next().unwrap_or_default().to_owned()
+}
+
+fn directories(root: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
+    let below = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.is_dir());
+    let mut all = vec![format!("directory {}", root.display())];
+    all.extend(below.flat_map(|path| directories(&path)));
+    all
+}
+
+/// Processes that have to do with the lab, by their command line.
+fn processes() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.filter_map(Result::ok) {
+        let Ok(command) = fs::read(entry.path().join("cmdline")) else { continue };
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        if command.contains(&format!("/mesh-lab/{LAB}/")) {
+            found.push(format!("process {}", command.trim()));
+        }
+    }
+    Ok(found)
+}
