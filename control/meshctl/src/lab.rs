@@ -201,9 +201,9 @@ enum LinkAction {
     Down,
     /// Restore it
     Up,
-    /// Make it bad
+    /// Make it lossy, slow or narrow, in both directions
     Impair(ImpairArgs),
-    /// Make it good again
+    /// End what `impair` began
     Clear,
 }
 
