@@ -69,6 +69,14 @@ fn main() -> ExitCode {
             groups: &[cases::jumbo::GROUP],
         },
         Plan {
+            name: "few",
+            topology: FIVE,
+            cluster: true,
+            meshd_args: &["--fault-watchers", "2"],
+            alone: true,
+            groups: &[cases::gossip::GROUP, cases::paths::GROUP],
+        },
+        Plan {
             name: "trust",
             topology: FIVE,
             cluster: true,

@@ -15,7 +15,7 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use thiserror::Error;
 
 use crate::{
-    hint::{self, Hint, Hints},
+    hint::{self, Hint, HintState, Hints, Subject},
     member::{Expected, Health, Member, MemberView},
     seal::{Keyring, MAX_DATAGRAM, OVERHEAD, OpenError, Sealer},
     suspicion::{Evidence, Suspicions, Verdict},
@@ -94,7 +94,7 @@ pub enum Event {
     Left(NodeNumber),
     /// Another life of it took the place of the one known (before `Up`, if it was down).
     Restarted(NodeNumber),
-    /// A node said something new of one of its endpoints.
+    /// A node said something new of one of its endpoints, or of another node's data path.
     Hint(Hint),
 }
 
@@ -152,6 +152,8 @@ pub struct Gossip {
     seeds: Vec<SocketAddr>,
     next_hello: Duration,
     hints: Hints,
+    /// Whose data paths this node says are silent.
+    silent: BTreeSet<NodeNumber>,
     next_sync: Duration,
     /// With whom, if it is there: one that just came up.
     sync_with: Option<NodeNumber>,
@@ -245,6 +247,7 @@ impl Gossip {
             seeds: Vec::new(),
             next_hello: now,
             hints: Hints::default(),
+            silent: BTreeSet::new(),
             next_sync: now + timings.sync,
             sync_with: None,
             left: false,
@@ -339,6 +342,35 @@ impl Gossip {
     pub fn hint(&mut self, now: Duration, hint: Hint) {
         let times = self.hint_times();
         self.hints.learn(now, hint, times);
+    }
+
+    /// Says which data paths are silent, of those that this node watches. All are told of what
+    /// changed.
+    pub fn set_silent(&mut self, now: Duration, silent: BTreeSet<NodeNumber>) {
+        let before = std::mem::replace(&mut self.silent, silent);
+        let changed: Vec<_> = before.symmetric_difference(&self.silent).copied().collect();
+        for peer in changed {
+            self.say(now, peer);
+        }
+    }
+
+    /// Whose data paths are said to be silent, and by which members: others' word counts for as
+    /// long as they are here to take it back.
+    #[must_use]
+    pub fn accusations(&self) -> BTreeMap<NodeNumber, BTreeSet<NodeNumber>> {
+        let own = self.swim.identity().number;
+        let mut accusations = BTreeMap::<_, BTreeSet<_>>::new();
+        let mut active = None;
+        for hint in self.hints.iter().filter(|hint| hint.state == HintState::Dead) {
+            let Subject::DataPath(peer) = hint.subject else { continue };
+            let active: &BTreeSet<_> = active.get_or_insert_with(|| {
+                self.swim.iter_members().map(|member| member.id().number).chain([own]).collect()
+            });
+            if active.contains(&hint.owner) && hint.owner != peer {
+                accusations.entry(peer).or_default().insert(hint.owner);
+            }
+        }
+        accusations
     }
 
     /// Changes the keys.
@@ -493,12 +525,41 @@ impl Gossip {
 
     fn learn(&mut self, now: Duration, hints: Vec<Hint>) {
         let times = self.hint_times();
+        let own = self.swim.identity().number;
         for hint in hints {
-            let known = self.expected.as_ref().is_none_or(|e| e.contains_key(&hint.owner));
-            if known && self.hints.learn(now, hint, times) {
-                self.events.push_back(Event::Hint(hint));
+            let known = |node| self.expected.as_ref().is_none_or(|e| e.contains_key(&node));
+            let known = known(hint.owner)
+                && match hint.subject {
+                    Subject::Endpoint(_) => true,
+                    Subject::DataPath(peer) => known(peer),
+                };
+            if !known || !self.hints.learn(now, hint, times) {
+                continue;
+            }
+            match hint.subject {
+                // An earlier life of this node said so, or a liar.
+                Subject::DataPath(peer) if hint.owner == own => {
+                    if self.silent.contains(&peer) != (hint.state == HintState::Dead) {
+                        self.say(now, peer);
+                    }
+                }
+                _ => self.events.push_back(Event::Hint(hint)),
             }
         }
+    }
+
+    /// Tells all how a data path does.
+    fn say(&mut self, now: Duration, peer: NodeNumber) {
+        let own = *self.swim.identity();
+        let subject = Subject::DataPath(peer);
+        // Above what an earlier life said, whether or not that was heard of yet.
+        let known = self.hints.generation(own.number, subject);
+        let generation = known.map_or(0, |known| known.saturating_add(1)).max(own.bump);
+        let state = match self.silent.contains(&peer) {
+            true => HintState::Dead,
+            false => HintState::Ready,
+        };
+        self.hint(now, Hint { subject, owner: own.number, generation, state });
     }
 
     /// Calls a member to compare notes.

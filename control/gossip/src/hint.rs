@@ -1,8 +1,10 @@
-//! Hints: what an endpoint's node says of it before the store does.
+//! Hints: what a node says before the store does, of its endpoints and of the nodes that it watches.
 //!
 //! A hint withdraws or restores a record that its receiver already has from the store; without one
-//! it means nothing, so a false or late hint never makes an endpoint. Whoever applies one must
-//! check that the record's node is the hint's owner.
+//! it means nothing, so a false or late hint never makes an endpoint. Who said it is the word of
+//! whoever passed it on: all members hold the key. So whoever applies one of an endpoint must check
+//! that the record's node is the hint's owner, and one of a data path makes its receivers look for
+//! themselves, no more ([`probe`](crate::probe)).
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -17,7 +19,7 @@ pub(crate) const PER_DATAGRAM: usize = 32;
 /// Datagrams' worth of hints that are told at a time.
 const BATCHES: usize = 4;
 
-/// How an endpoint does, by the word of its node.
+/// How an endpoint or a data path does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HintState {
     /// It takes what comes.
@@ -28,12 +30,26 @@ pub enum HintState {
     Dead,
 }
 
-/// What a node says of one of its endpoints.
+/// What a hint is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// An endpoint of the node that says it.
+    Endpoint(EndpointId),
+    /// The data path of another node, which the one that says it watches.
+    DataPath(NodeNumber),
+}
+
+impl Subject {
+    const FIRST: Self = Self::Endpoint(EndpointId::MIN);
+    const LAST: Self = Self::DataPath(NodeNumber::MAX);
+}
+
+/// What a node says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Hint {
-    /// Of which endpoint.
-    pub endpoint: EndpointId,
-    /// Whose it is.
+    /// Of what.
+    pub subject: Subject,
+    /// Who says it.
     pub owner: NodeNumber,
     /// The higher one holds; of two the same, the worse state.
     pub generation: u64,
@@ -41,7 +57,7 @@ pub struct Hint {
     pub state: HintState,
 }
 
-type Key = (NodeNumber, EndpointId);
+type Key = (NodeNumber, Subject);
 type Value = (u64, HintState);
 
 /// News that are still to be told.
@@ -58,20 +74,20 @@ pub(crate) struct Hints {
     news: BTreeMap<Key, News>,
 }
 
-fn hint(((owner, endpoint), (generation, state)): (&Key, &Value)) -> Hint {
-    Hint { endpoint: *endpoint, owner: *owner, generation: *generation, state: *state }
+fn hint(((owner, subject), (generation, state)): (&Key, &Value)) -> Hint {
+    Hint { subject: *subject, owner: *owner, generation: *generation, state: *state }
 }
 
 impl Hints {
     /// Takes one in; says whether it is news, which are to be told `times` times from `now` on.
     pub(crate) fn learn(&mut self, now: Duration, new: Hint, times: u8) -> bool {
-        let key = (new.owner, new.endpoint);
+        let key = (new.owner, new.subject);
         let value = (new.generation, new.state);
         if self.known.get(&key).is_some_and(|old| *old >= value) {
             return false;
         }
         self.known.insert(key, value);
-        let of_owner = (new.owner, EndpointId::MIN)..=(new.owner, EndpointId::MAX);
+        let of_owner = (new.owner, Subject::FIRST)..=(new.owner, Subject::LAST);
         if self.known.range(of_owner.clone()).count() > MAX_PER_OWNER {
             let least = self.known.range(of_owner).min_by_key(|(key, value)| (*value, *key));
             if let Some(least) = least.map(|(key, _)| *key) {
@@ -86,10 +102,18 @@ impl Hints {
         true
     }
 
-    /// Forgets those of owners that `stays` does not name.
+    /// Forgets those of and about nodes that `stays` does not name.
     pub(crate) fn retain(&mut self, stays: impl Fn(NodeNumber) -> bool) {
-        self.known.retain(|(owner, _), _| stays(*owner));
-        self.news.retain(|(owner, _), _| stays(*owner));
+        let stays = |(owner, subject): &Key| {
+            stays(*owner) && !matches!(subject, Subject::DataPath(peer) if !stays(*peer))
+        };
+        self.known.retain(|key, _| stays(key));
+        self.news.retain(|key, _| stays(key));
+    }
+
+    /// The generation of what an owner said last.
+    pub(crate) fn generation(&self, owner: NodeNumber, subject: Subject) -> Option<u64> {
+        self.known.get(&(owner, subject)).map(|(generation, _)| *generation)
     }
 
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = Hint> {
@@ -136,9 +160,12 @@ mod tests {
     use super::*;
 
     fn any_hint() -> impl Strategy<Value = Hint> {
-        (1u64..2000, 1u64..3, 0u64..6, 0..3usize).prop_map(
-            |(endpoint, owner, generation, state)| Hint {
-                endpoint: EndpointId::new(endpoint).unwrap(),
+        (1u64..2000, any::<bool>(), 1u64..3, 0u64..6, 0..3usize).prop_map(
+            |(number, endpoint, owner, generation, state)| Hint {
+                subject: match endpoint {
+                    true => Subject::Endpoint(EndpointId::new(number).unwrap()),
+                    false => Subject::DataPath(NodeNumber::new(number).unwrap()),
+                },
                 owner: NodeNumber::new(owner).unwrap(),
                 generation,
                 state: [HintState::Ready, HintState::Draining, HintState::Dead][state],
@@ -169,7 +196,7 @@ mod tests {
         let mut hints = Hints::default();
         for endpoint in 1..=200 {
             let hint = Hint {
-                endpoint: EndpointId::new(endpoint).unwrap(),
+                subject: Subject::Endpoint(EndpointId::new(endpoint).unwrap()),
                 owner: NodeNumber::MIN,
                 generation: 1,
                 state: HintState::Dead,
@@ -177,11 +204,11 @@ mod tests {
             assert!(hints.learn(Duration::ZERO, hint, 3));
             assert!(!hints.learn(Duration::ZERO, hint, 3));
         }
-        let mut told = BTreeMap::<EndpointId, u32>::new();
+        let mut told = BTreeMap::<Subject, u32>::new();
         while let Some(due) = hints.next_timer() {
             for batch in hints.tell(due, Duration::from_millis(100)) {
                 assert!(batch.len() <= PER_DATAGRAM);
-                batch.iter().for_each(|hint| *told.entry(hint.endpoint).or_default() += 1);
+                batch.iter().for_each(|hint| *told.entry(hint.subject).or_default() += 1);
             }
         }
         assert_eq!(told.len(), 200);

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | request | version (1), the caller as a member, digest (16), 0 or 1, the state if 1 |
 //! | response | version (1), digest (16), 0 or 1, the state if 1 |
-//! | state | count (4), members as in [`wire`](crate::wire); count (4), hints (25 each) |
+//! | state | count (4), members as in [`wire`](crate::wire); count (4), hints (26 each) |
 
 use std::collections::BTreeSet;
 
@@ -27,7 +27,7 @@ const VERSION: u8 = 1;
 pub const MAX_SYNC: usize = 8 << 20;
 /// What a member takes at most: with an IPv6 address.
 const UPDATE_LEN: usize = 8 + 16 + 8 + 1 + 16 + 2 + 3;
-const HINT_LEN: usize = 8 + 8 + 8 + 1;
+const HINT_LEN: usize = 1 + 8 + 8 + 8 + 1;
 /// Members in a state, at most. Twice what a cluster may have, for the dead.
 const MAX_MEMBERS: usize = 20_000;
 /// Hints in a state: as many as there is room for.

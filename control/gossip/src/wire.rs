@@ -12,7 +12,7 @@ use mesh_types::{EndpointId, NodeId, NodeNumber};
 use thiserror::Error;
 
 use crate::{
-    hint::{Hint, HintState},
+    hint::{Hint, HintState, Subject},
     member::Member,
 };
 
@@ -252,7 +252,16 @@ pub(crate) fn get_update(buf: &mut impl Buf) -> Result<foca::Member<Member>, Dec
 }
 
 pub(crate) fn put_hint(hint: &Hint, out: &mut Vec<u8>) {
-    out.put_u64(hint.endpoint.get());
+    match hint.subject {
+        Subject::Endpoint(endpoint) => {
+            out.put_u8(0);
+            out.put_u64(endpoint.get());
+        }
+        Subject::DataPath(node) => {
+            out.put_u8(1);
+            out.put_u64(node.get());
+        }
+    }
     out.put_u64(hint.owner.get());
     out.put_u64(hint.generation);
     out.put_u8(match hint.state {
@@ -263,7 +272,11 @@ pub(crate) fn put_hint(hint: &Hint, out: &mut Vec<u8>) {
 }
 
 pub(crate) fn get_hint(buf: &mut impl Buf) -> Result<Hint, DecodeError> {
-    let endpoint = EndpointId::new(buf.try_get_u64()?)?;
+    let subject = match buf.try_get_u8()? {
+        0 => Subject::Endpoint(EndpointId::new(buf.try_get_u64()?)?),
+        1 => Subject::DataPath(NodeNumber::new(buf.try_get_u64()?)?),
+        value => return Err(DecodeError::Unknown { what: "hint subject", value }),
+    };
     let owner = NodeNumber::new(buf.try_get_u64()?)?;
     let generation = buf.try_get_u64()?;
     let state = match buf.try_get_u8()? {
@@ -272,7 +285,7 @@ pub(crate) fn get_hint(buf: &mut impl Buf) -> Result<Hint, DecodeError> {
         2 => HintState::Dead,
         value => return Err(DecodeError::Unknown { what: "hint state", value }),
     };
-    Ok(Hint { endpoint, owner, generation, state })
+    Ok(Hint { subject, owner, generation, state })
 }
 
 fn put_header(header: &Header<Member>, out: &mut Vec<u8>) {
@@ -379,9 +392,15 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn hint() -> impl Strategy<Value = Hint> {
-        (1..=EndpointId::MAX.get(), 1..=NodeNumber::MAX.get(), any::<u64>(), 0..3usize).prop_map(
-            |(endpoint, owner, generation, state)| Hint {
-                endpoint: EndpointId::new(endpoint).unwrap(),
+        let subject = prop_oneof![
+            (1..=EndpointId::MAX.get())
+                .prop_map(|endpoint| Subject::Endpoint(EndpointId::new(endpoint).unwrap())),
+            (1..=NodeNumber::MAX.get())
+                .prop_map(|node| Subject::DataPath(NodeNumber::new(node).unwrap())),
+        ];
+        (subject, 1..=NodeNumber::MAX.get(), any::<u64>(), 0..3usize).prop_map(
+            |(subject, owner, generation, state)| Hint {
+                subject,
                 owner: NodeNumber::new(owner).unwrap(),
                 generation,
                 state: [HintState::Ready, HintState::Draining, HintState::Dead][state],

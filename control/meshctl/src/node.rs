@@ -28,7 +28,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: InspectFormat,
     },
-    /// Show the data plane's counters of a node, with the reason of each drop
+    /// Show the counters of a node's data plane and gossip, with the reason of each drop
     Stats {
         /// Name or id; the node that is asked if not given
         node: Option<String>,

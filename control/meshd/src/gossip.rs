@@ -1,19 +1,27 @@
-//! The gossip's socket: drives [`mesh_gossip`] with UDP and the clock.
+//! The gossip's socket: drives [`mesh_gossip`] with UDP, calls to other nodes and the clock.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use mesh_gossip::{Config, Event, Expected, Gossip, Keyring, Member, MemberView, Timings};
+use async_trait::async_trait;
+use bytes::Bytes;
+use mesh_gossip::{
+    Config, Event, Expected, Gossip, Keyring, MAX_SYNC, Member, MemberView, SyncCall, Timings,
+};
 use mesh_types::{ClusterId, NodeId, NodeNumber};
 use rand::RngExt;
 use tokio::{
     net::UdpSocket,
-    sync::{broadcast, mpsc, watch},
-    task::JoinHandle,
+    sync::{Semaphore, broadcast, mpsc, oneshot, watch},
+    task::{JoinHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 
@@ -22,6 +30,23 @@ pub const GOSSIP_PORT: u16 = 7946;
 
 /// Events that a slow reader may be behind; it loses the oldest, never [`Shell::members`].
 const EVENTS: usize = 256;
+
+/// Calls to compare notes that are made at a time, and as many that are answered: each may carry all
+/// that a large cluster knows.
+const AT_ONCE: usize = 8;
+
+/// By whom, to whom: who is said to be silent, and by which members.
+pub type Accusations = BTreeMap<NodeNumber, BTreeSet<NodeNumber>>;
+
+/// Calls other members to compare notes with them.
+#[async_trait]
+pub trait Compare: Send + Sync + 'static {
+    /// Sends the request to the member alone, over a stream that proves who answers.
+    ///
+    /// # Errors
+    /// Why there is no answer, for the log.
+    async fn compare(&self, member: &Member, request: Bytes) -> Result<Bytes, String>;
+}
 
 /// How this node gossips.
 #[derive(Debug, Clone)]
@@ -46,16 +71,82 @@ pub struct ShellConfig {
 pub struct Shell {
     commands: mpsc::UnboundedSender<Command>,
     members: watch::Receiver<BTreeMap<NodeNumber, MemberView>>,
+    accusations: watch::Receiver<Accusations>,
     events: broadcast::Sender<Event>,
+    answers: Answers,
     driver: JoinHandle<()>,
 }
 
 #[derive(Debug)]
 enum Command {
     Members(BTreeMap<NodeNumber, Expected>),
+    Silent(BTreeSet<NodeNumber>),
     Announce(SocketAddr),
     Keys(Keyring),
+    Sync { from: NodeId, request: Bytes, done: oneshot::Sender<Result<Vec<u8>, String>> },
     Leave,
+}
+
+/// Answers other members that call to compare notes.
+#[derive(Debug, Clone)]
+pub struct Answers {
+    commands: mpsc::UnboundedSender<Command>,
+    room: Arc<Semaphore>,
+    compared: Arc<Compared>,
+    members: watch::Receiver<BTreeMap<NodeNumber, MemberView>>,
+}
+
+/// How often notes were compared.
+#[derive(Debug, Default)]
+struct Compared {
+    calls: AtomicU64,
+    failures: AtomicU64,
+    answers: AtomicU64,
+}
+
+/// Why a call to compare notes has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unanswered {
+    /// Later.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// The request is wrong, or its sender no member.
+    #[error("anti-entropy: {0}")]
+    Refused(String),
+}
+
+impl Answers {
+    /// The answer to `from`, which its certificate proves.
+    ///
+    /// # Errors
+    /// [`Unanswered`].
+    pub async fn answer(&self, from: NodeId, request: Bytes) -> Result<Bytes, Unanswered> {
+        if request.len() > MAX_SYNC {
+            return Err(Unanswered::Refused(format!("more than {MAX_SYNC} bytes")));
+        }
+        let full = |_| Unanswered::Busy("this node compares notes with too many others");
+        let _place = self.room.try_acquire().map_err(full)?;
+        let (done, answer) = oneshot::channel();
+        let gone = Unanswered::Busy("gossip has ended on this node");
+        self.commands.send(Command::Sync { from, request, done }).map_err(|_| gone.clone())?;
+        let answer = answer.await.map_err(|_| gone)?.map_err(Unanswered::Refused)?;
+        self.compared.answers.fetch_add(1, Ordering::Relaxed);
+        Ok(answer.into())
+    }
+
+    /// Counters by name: calls of this node that were answered, those that were not, calls of others
+    /// that it answered; and how many members there are beside it now.
+    #[must_use]
+    pub fn counters(&self) -> [(&'static str, u64); 4] {
+        let Compared { calls, failures, answers } = &*self.compared;
+        let members = u64::try_from(self.members.borrow().len()).unwrap_or(u64::MAX);
+        [
+            ("anti_entropy_calls", calls.load(Ordering::Relaxed)),
+            ("anti_entropy_failures", failures.load(Ordering::Relaxed)),
+            ("anti_entropy_answers", answers.load(Ordering::Relaxed)),
+            ("gossip_members", members),
+        ]
+    }
 }
 
 impl Shell {
@@ -63,7 +154,7 @@ impl Shell {
     ///
     /// # Errors
     /// If the socket cannot be opened; says which.
-    pub fn start(config: ShellConfig) -> io::Result<Self> {
+    pub fn start(config: ShellConfig, caller: impl Compare) -> io::Result<Self> {
         let named = |error: io::Error| {
             let address = config.address;
             io::Error::new(
@@ -94,16 +185,46 @@ impl Shell {
         let gossip = Gossip::new(core, Duration::ZERO, rand::rng().random());
         let (commands, inbox) = mpsc::unbounded_channel();
         let (publish, members) = watch::channel(BTreeMap::new());
+        let (accuse, accusations) = watch::channel(Accusations::new());
         let events = broadcast::Sender::new(EVENTS);
-        let driver = Driver { gossip, socket, start, inbox, publish, events: events.clone() };
+        let answers = Answers {
+            commands: commands.clone(),
+            room: Arc::new(Semaphore::new(AT_ONCE)),
+            compared: Arc::default(),
+            members: members.clone(),
+        };
+        let driver = Driver {
+            gossip,
+            socket,
+            start,
+            inbox,
+            publish,
+            accuse,
+            events: events.clone(),
+            caller: Arc::new(caller),
+            calls: JoinSet::new(),
+            compared: Arc::clone(&answers.compared),
+        };
         let driver = tokio::spawn(driver.run());
-        Ok(Self { commands, members, events, driver })
+        Ok(Self { commands, members, accusations, events, answers, driver })
     }
 
     /// The active members, this node not among them, whenever they change.
     #[must_use]
     pub fn members(&self) -> watch::Receiver<BTreeMap<NodeNumber, MemberView>> {
         self.members.clone()
+    }
+
+    /// Whose data paths are said to be silent, and by whom, whenever that changes.
+    #[must_use]
+    pub fn accusations(&self) -> watch::Receiver<Accusations> {
+        self.accusations.clone()
+    }
+
+    /// Answers others that compare notes with this node.
+    #[must_use]
+    pub fn answers(&self) -> Answers {
+        self.answers.clone()
     }
 
     /// What happens from now on.
@@ -116,6 +237,11 @@ impl Shell {
     /// of the key is.
     pub fn update_members(&self, expected: BTreeMap<NodeNumber, Expected>) {
         self.command(Command::Members(expected));
+    }
+
+    /// Says whose data paths are silent, of those that this node watches.
+    pub fn set_silent(&self, silent: BTreeSet<NodeNumber>) {
+        self.command(Command::Silent(silent));
     }
 
     /// Greets a node by its address alone, until there is a member.
@@ -153,13 +279,18 @@ struct Driver {
     start: Instant,
     inbox: mpsc::UnboundedReceiver<Command>,
     publish: watch::Sender<BTreeMap<NodeNumber, MemberView>>,
+    accuse: watch::Sender<Accusations>,
     events: broadcast::Sender<Event>,
+    caller: Arc<dyn Compare>,
+    calls: JoinSet<(Member, Result<Bytes, String>)>,
+    compared: Arc<Compared>,
 }
 
 enum Input {
     Datagram(io::Result<(usize, SocketAddr)>),
     Timer,
     Command(Option<Command>),
+    Called(Member, Result<Bytes, String>),
 }
 
 impl Driver {
@@ -172,6 +303,8 @@ impl Driver {
                 biased;
                 received = self.socket.recv_from(&mut buffer) => Input::Datagram(received),
                 command = self.inbox.recv() => Input::Command(command),
+                // One that panicked is none that was answered.
+                Some(Ok((peer, answer))) = self.calls.join_next() => Input::Called(peer, answer),
                 () = async {
                     match timer {
                         Some(due) => sleep_until(due).await,
@@ -196,6 +329,15 @@ impl Driver {
                 Input::Command(Some(Command::Members(expected))) => {
                     self.gossip.set_members(now, expected);
                 }
+                Input::Command(Some(Command::Silent(silent))) => {
+                    self.gossip.set_silent(now, silent);
+                }
+                Input::Command(Some(Command::Sync { from, request, done })) => {
+                    let answer = self.gossip.handle_sync(now, from, &request);
+                    // The caller may have gone away meanwhile.
+                    let _ = done.send(answer.map_err(|reason| reason.to_string()));
+                }
+                Input::Called(peer, answer) => self.compared_with(now, &peer, answer),
                 Input::Command(Some(Command::Announce(address))) => {
                     self.gossip.announce(now, address);
                 }
@@ -211,25 +353,63 @@ impl Driver {
         }
     }
 
+    fn compared_with(&mut self, now: Duration, peer: &Member, answer: Result<Bytes, String>) {
+        let taken = answer.and_then(|answer| {
+            let taken = self.gossip.handle_sync_response(now, peer, &answer);
+            taken.map_err(|reason| reason.to_string())
+        });
+        let count = match &taken {
+            Ok(()) => &self.compared.calls,
+            Err(_) => &self.compared.failures,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        if let Err(reason) = taken {
+            tracing::debug!(node = %peer.number, %reason, "could not compare notes");
+        }
+    }
+
     async fn flush(&mut self) {
         while let Some((to, datagram)) = self.gossip.poll_transmit() {
             if let Err(error) = self.socket.send_to(&datagram, to).await {
                 tracing::debug!(%to, %error, "gossip send failed");
             }
         }
+        while let Some(SyncCall { peer, request }) = self.gossip.poll_sync() {
+            if self.calls.len() < AT_ONCE {
+                let caller = Arc::clone(&self.caller);
+                self.calls.spawn(async move {
+                    let answer = caller.compare(&peer, request.into()).await;
+                    (peer, answer)
+                });
+            }
+        }
+        let mut news = false;
         while let Some(event) = self.gossip.poll_event() {
-            tracing::info!(?event, "membership");
+            news = true;
+            match event {
+                // A large cluster's node that dies is spoken of by all who watch it.
+                Event::Hint(hint) => tracing::debug!(?hint, "gossip"),
+                event => tracing::info!(?event, "membership"),
+            }
             // Nobody may be listening.
             let _ = self.events.send(event);
         }
+        if news {
+            update(&self.accuse, self.gossip.accusations());
+        }
         let members: BTreeMap<_, _> =
             self.gossip.members().map(|view| (view.member.number, view)).collect();
-        self.publish.send_if_modified(|published| {
-            let changed = *published != members;
-            *published = members;
-            changed
-        });
+        update(&self.publish, members);
     }
+}
+
+/// Publishes a value if it is another one.
+pub(crate) fn update<T: PartialEq>(channel: &watch::Sender<T>, new: T) -> bool {
+    channel.send_if_modified(|old| {
+        let changed = *old != new;
+        *old = new;
+        changed
+    })
 }
 
 #[cfg(test)]
@@ -253,6 +433,18 @@ mod tests {
         }
     }
 
+    /// Calls by a channel instead of TLS.
+    #[derive(Default, Clone)]
+    struct Direct(Arc<std::sync::OnceLock<(NodeId, Answers)>>);
+
+    #[async_trait]
+    impl Compare for Direct {
+        async fn compare(&self, _: &Member, request: Bytes) -> Result<Bytes, String> {
+            let (own, peer) = self.0.get().ok_or("nobody is there yet")?;
+            peer.answer(*own, request).await.map_err(|error| error.to_string())
+        }
+    }
+
     fn free_port() -> u16 {
         std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
     }
@@ -261,8 +453,8 @@ mod tests {
     async fn two_shells_meet_and_one_leaves() {
         let (a, b) = (config(1, free_port()), config(2, free_port()));
         let to_b = b.address;
-        let a = Shell::start(a).unwrap();
-        let b = Shell::start(b).unwrap();
+        let a = Shell::start(a, Direct::default()).unwrap();
+        let b = Shell::start(b, Direct::default()).unwrap();
         a.announce(to_b);
         let mut seen = a.members();
         let limit = Duration::from_secs(10);
@@ -279,7 +471,42 @@ mod tests {
     async fn a_taken_port_is_named() {
         let taken = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let config = config(1, taken.local_addr().unwrap().port());
-        let error = Shell::start(config.clone()).unwrap_err().to_string();
+        let error = Shell::start(config.clone(), Direct::default()).unwrap_err().to_string();
         assert!(error.contains(&config.address.to_string()), "{error}");
+    }
+
+    #[tokio::test]
+    async fn members_compare_notes_and_strangers_are_refused() {
+        let (a, mut b) = (config(1, free_port()), config(2, free_port()));
+        b.timings.sync = Duration::from_millis(50);
+        let (to_b, a_id, b_id) = (b.address, a.id, b.id);
+        let to_a = Direct::default();
+        let a = Shell::start(a, Direct::default()).unwrap();
+        let answers = a.answers();
+        assert!(to_a.0.set((b_id, answers.clone())).is_ok());
+        let b = Shell::start(b, to_a).unwrap();
+        a.announce(to_b);
+        let limit = Duration::from_secs(10);
+        let compared = async {
+            let counts = || (b.answers().counters(), answers.counters());
+            while counts().0[0].1 < 2 || counts().1[2].1 < 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(limit, compared).await.unwrap();
+        // What b says of a third one's data path, a hears by its own way too.
+        let third = NodeNumber::new(3).unwrap();
+        b.set_silent(BTreeSet::from([third]));
+        let mut accusations = a.accusations();
+        let heard = accusations.wait_for(|all| all.contains_key(&third));
+        timeout(limit, heard).await.unwrap().unwrap();
+
+        let refused = answers.answer(a_id, Bytes::from_static(b"garbage")).await;
+        assert!(matches!(refused, Err(Unanswered::Refused(_))), "{refused:?}");
+        let long = answers.answer(b_id, vec![1; MAX_SYNC + 1].into()).await;
+        assert!(matches!(long, Err(Unanswered::Refused(_))), "{long:?}");
+        drop(a);
+        let gone = answers.answer(b_id, Bytes::from_static(b"garbage")).await;
+        assert!(matches!(gone, Err(Unanswered::Busy(_))), "{gone:?}");
     }
 }

@@ -4,6 +4,7 @@ pub mod cli;
 pub mod cluster;
 pub mod dns;
 pub mod gateway;
+pub mod gossip;
 pub mod heal;
 pub mod join;
 pub mod jumbo;

@@ -272,8 +272,8 @@ impl Backend for Node {
         let own = member.identity.node;
         let (node, hostname, counters) = match node.filter(|node| *node != own) {
             None => {
-                let counters = member.dataplane.counters().await;
-                let counters = counters.map_err(|error| ApiError::internal(error.to_string()))?;
+                let counters = member.handler.counters().await;
+                let counters = counters.map_err(|error| ApiError::internal(error.message))?;
                 (own, self.engine.hostname.clone(), counters)
             }
             Some(node) => {

@@ -22,13 +22,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::{dataplane, exec, liveness::HEARTBEAT, manager::Manager};
 use crate::{
     agent::AgentHandle,
+    gossip::{Answers, Unanswered},
     pki::{self, Root, Subject},
     rpc::{
         Joiner, RpcError, RpcErrorKind, RpcHandler,
         frames::{FrameReader, FrameWriter},
         messages::{
-            ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, ManagerAddress,
-            NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
+            CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
+            ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest,
+            StatsResponse,
         },
     },
 };
@@ -46,6 +48,8 @@ pub(crate) struct Handler {
     pub(crate) agent: OnceLock<AgentHandle>,
     /// For the counters.
     pub(crate) dataplane: OnceLock<dataplane::Handle>,
+    /// Compares notes with others.
+    pub(crate) gossip: OnceLock<Answers>,
 }
 
 fn unavailable(what: impl std::fmt::Display) -> RpcError {
@@ -69,6 +73,20 @@ fn not_proposed(error: &ProposeError) -> RpcError {
 impl Handler {
     fn manager(&self) -> Result<&Arc<Manager>, RpcError> {
         self.manager.get().ok_or_else(|| unavailable("this node is no manager, or still starting"))
+    }
+
+    /// The counters of the data plane and of gossip.
+    pub(crate) async fn counters(&self) -> Result<Vec<CounterValue>, RpcError> {
+        let starting = || unavailable("the node is still starting");
+        let dataplane = self.dataplane.get().ok_or_else(starting)?;
+        let mut counters = dataplane.counters().await.map_err(unavailable)?;
+        let gossip = self.gossip.get().into_iter().flat_map(Answers::counters);
+        counters.extend(gossip.map(|(name, value)| CounterValue {
+            name: name.to_owned(),
+            value,
+            is_drop: false,
+        }));
+        Ok(counters)
     }
 
     /// The manager's side, for a node of the cluster. `NotFound` is final: the node was removed.
@@ -187,15 +205,16 @@ impl RpcHandler for Handler {
         }
     }
 
-    async fn anti_entropy(&self, _from: Subject, _body: Bytes) -> Result<Bytes, RpcError> {
-        Err(RpcError::new(RpcErrorKind::NotFound, "membership comes by gossip and the store alone"))
+    async fn anti_entropy(&self, from: Subject, body: Bytes) -> Result<Bytes, RpcError> {
+        let gossip = self.gossip.get().ok_or_else(|| unavailable("the node is still starting"))?;
+        gossip.answer(from.node, body).await.map_err(|error| match error {
+            Unanswered::Busy(why) => unavailable(why),
+            Unanswered::Refused(_) => RpcError::new(RpcErrorKind::Invalid, error),
+        })
     }
 
     async fn stats(&self, _from: Subject) -> Result<StatsResponse, RpcError> {
-        let dataplane =
-            self.dataplane.get().ok_or_else(|| unavailable("the node is still starting"))?;
-        let counters = dataplane.counters().await.map_err(unavailable)?;
-        Ok(StatsResponse { counters })
+        Ok(StatsResponse { counters: self.counters().await? })
     }
 
     async fn leave(&self, from: Subject) -> Result<(), RpcError> {

@@ -9,9 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use async_trait::async_trait;
+use bytes::Bytes;
 use mesh_control::model::{NodeDescription, Role};
 use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
-use mesh_gossip::{Expected, GossipKey, Keyring, Timings};
+use mesh_gossip::{Expected, GossipKey, Keyring, Member as Peer, Timings, probe::Limits};
 use mesh_raft::{Raft, RaftConfig};
 use mesh_types::{Epoch, NodeNumber, record::RecordSet};
 use tokio::{sync::watch, task::AbortHandle};
@@ -29,7 +31,7 @@ use crate::{
     agent::{Agent, AgentConfig, AgentHandle},
     api::backend::EngineFacts,
     dns_process::Resolver,
-    gossip::{GOSSIP_PORT, Shell, ShellConfig},
+    gossip::{Compare, GOSSIP_PORT, Shell, ShellConfig},
     identity::Identity,
     options::Options,
     rpc::{
@@ -47,6 +49,8 @@ const VOTE_PATIENCE: Duration = Duration::from_secs(5);
 const LEAVE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the managers may take to end them, before the node does it on its own.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(15);
+/// How long another member may take to compare notes: all that a large cluster knows may travel.
+const COMPARE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A node that is in a cluster.
 pub(crate) struct Member {
@@ -62,11 +66,13 @@ pub(crate) struct Member {
     pub(crate) agent: AgentHandle,
     /// Its kernel.
     pub(crate) dataplane: dataplane::Handle,
+    /// What it answers other nodes.
+    pub(crate) handler: Arc<Handler>,
     resolver: Arc<Resolver>,
     gossip: Arc<Mutex<Option<Shell>>>,
     options: Options,
     tasks: Tasks,
-    _probes: probe::Handle,
+    probes: probe::Handle,
     _servers: Vec<RpcServer>,
 }
 
@@ -136,7 +142,8 @@ impl Member {
             servers.push(RpcServer::bind(address, tls.clone(), handler.clone()).await?);
         }
         // Here, for a port that another program has must be found out before the kernel is touched.
-        let gossip = start_gossip(&identity, &settings)?;
+        let gossip = start_gossip(&identity, &settings, client.clone())?;
+        let _ = handler.gossip.set(gossip.answers());
         let mut tasks = Tasks::default();
         let manager = match identity.role {
             Role::Worker => None,
@@ -158,8 +165,14 @@ impl Member {
             vtep: settings.vtep,
             vxlan_port: settings.data_path_port,
         };
-        let probes =
-            probe::start(facts.node, facts.vtep, facts.vxlan_port, watched.clone()).await?;
+        let probes = probe::start(
+            facts.node,
+            limits(options),
+            (facts.vtep, facts.vxlan_port),
+            watched.clone(),
+            gossip.accusations(),
+        )
+        .await?;
         let withdrawn = probes.withdrawn.clone();
         let applied_from = match options.fault_apply_late {
             0 => watched.clone(),
@@ -206,25 +219,32 @@ impl Member {
             client,
             agent,
             dataplane,
+            handler,
             resolver,
             gossip: Arc::new(Mutex::new(Some(gossip))),
             options: options.clone(),
             tasks,
-            _probes: probes,
+            probes,
             _servers: servers,
         };
-        member.follow_members(watched);
+        let silent = member.probes.silent.clone();
+        member.follow(watched, |shell, records| shell.update_members(expected(records)));
+        member.follow(silent, |shell, silent| shell.set_silent(silent.clone()));
         Ok(member)
     }
 
-    /// Tells gossip who may be a member, on every change.
-    fn follow_members(&self, mut records: watch::Receiver<Arc<RecordSet>>) {
+    /// Tells gossip of every change of a value, until it ends.
+    fn follow<T: Send + Sync + 'static>(
+        &self,
+        mut value: watch::Receiver<T>,
+        tell: impl Fn(&Shell, &T) + Send + 'static,
+    ) {
         let gossip = Arc::clone(&self.gossip);
         tokio::spawn(async move {
-            while records.changed().await.is_ok() {
-                let expected = expected(&records.borrow_and_update());
+            while value.changed().await.is_ok() {
+                let new = value.borrow_and_update();
                 match gossip.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
-                    Some(shell) => shell.update_members(expected),
+                    Some(shell) => tell(shell, &new),
                     None => return,
                 }
             }
@@ -387,7 +407,22 @@ async fn start_agent(
     Agent::start(config, Arc::new(executor), plumbing).await
 }
 
-fn start_gossip(identity: &Identity, settings: &Settings) -> Result<Shell> {
+/// Compares notes over mutual TLS.
+struct Comparer(RpcClient);
+
+#[async_trait]
+impl Compare for Comparer {
+    async fn compare(&self, member: &Peer, request: Bytes) -> Result<Bytes, String> {
+        let (address, expect) = (member.address, Expect::Node(member.id));
+        let answer =
+            self.0.call_bytes(address, expect, Route::AntiEntropy, request, COMPARE_PATIENCE).await;
+        // The next call goes to another one: in a large cluster, connections to all would be kept.
+        self.0.forget(address);
+        answer.map_err(|error| error.to_string())
+    }
+}
+
+fn start_gossip(identity: &Identity, settings: &Settings, client: RpcClient) -> Result<Shell> {
     let config = ShellConfig {
         number: identity.number,
         id: identity.node,
@@ -396,7 +431,15 @@ fn start_gossip(identity: &Identity, settings: &Settings) -> Result<Shell> {
         keys: Keyring::new(GossipKey { epoch: Epoch::MIN, secret: settings.gossip_key }),
         timings: Timings::LAN,
     };
-    Shell::start(config).context("starting gossip on UDP port 7946")
+    Shell::start(config, Comparer(client)).context("starting gossip on UDP port 7946")
+}
+
+/// Who probes whom.
+fn limits(options: &Options) -> Limits {
+    match options.fault_watchers {
+        0 => Limits::DEFAULT,
+        watchers => Limits { peers: 0, watchers, quorum: Limits::DEFAULT.quorum.min(watchers) },
+    }
 }
 
 /// The nodes that the store knows.
