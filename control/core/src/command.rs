@@ -77,6 +77,13 @@ pub enum Command {
         /// The whole new spec.
         spec: Box<ServiceSpec>,
     },
+    /// Brings the spec before the last update back, by the rollback policy.
+    RollBackService {
+        /// Which.
+        id: ServiceId,
+        /// Its version as the user saw it.
+        version: Revision,
+    },
     /// Removes a service and its tasks.
     RemoveService {
         /// Which.

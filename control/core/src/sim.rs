@@ -219,10 +219,15 @@ impl Sim {
                 let version = old.meta.version;
                 self.try_apply(Command::UpdateService { id, version, spec: Box::new(spec) });
             }
-            6 if self.dice.chance(40) => {
+            6 => {
                 let services = self.services();
                 let Some(id) = self.dice.pick(&services) else { return };
-                self.try_apply(Command::RemoveService { id });
+                if self.dice.chance(40) {
+                    self.try_apply(Command::RemoveService { id });
+                } else {
+                    let version = self.bench.version(id);
+                    self.try_apply(Command::RollBackService { id, version });
+                }
             }
             7 | 8 => self.change_nodes(),
             9..=13 => self.nodes_report(),

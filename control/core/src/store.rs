@@ -95,6 +95,7 @@ impl Store {
             Command::UpdateService { id, version, spec } => {
                 self.update_service(at, *id, *version, spec)
             }
+            Command::RollBackService { id, version } => self.roll_back_service(at, *id, *version),
             Command::RemoveService { id } => self.remove_service(at, *id),
             Command::ChangeTasks(changes) => {
                 for change in changes {

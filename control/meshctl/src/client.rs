@@ -115,7 +115,7 @@ impl Client {
                     ));
                 }
                 Err(err) if tries < TRIES && is_out_of_sequence(&err) => {
-                    // Another manager may take a moment to show what was written.
+                    // Whoever changed it may not be done yet.
                     tokio::time::sleep(AGAIN).await;
                 }
                 Err(err) => return Err(err),

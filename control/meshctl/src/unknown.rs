@@ -126,7 +126,6 @@ const FLAGS: &[(&str, &[&str])] = &[
 
 /// Docker's verbs that are not implemented, and what to do instead.
 const VERBS: &[(&str, &str)] = &[
-    ("service rollback", "`meshctl service update --rollback` does it"),
     ("service logs", "the output of a task is kept on its node"),
     ("node promote", "let the node leave and join again with the manager token"),
     ("node demote", "let the node leave and join again with the worker token"),

@@ -50,6 +50,7 @@ impl fmt::Display for Write {
             Command::RemoveNetwork { .. } => "remove-network",
             Command::CreateService { .. } => "create-service",
             Command::UpdateService { .. } => "update-service",
+            Command::RollBackService { .. } => "roll-back-service",
             Command::RemoveService { .. } => "remove-service",
             Command::ChangeTasks(_) => "change-tasks",
             Command::ReportTasks { .. } => "report-tasks",

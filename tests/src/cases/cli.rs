@@ -7,7 +7,8 @@ use super::group;
 use crate::cluster::{Cluster, Ran, SOON, eventually, list};
 
 group!("cli": the_stock_client_does_it_all, both_make_the_same, progress_until_converged,
-    both_show_the_same, tokens_and_nodes, formats,
+    both_show_the_same, both_roll_back, updates_at_the_same_time_all_happen, tokens_and_nodes,
+    formats,
     a_service_without_an_executor_is_refused, unknown_flags_are_refused_by_name, errors_say_what);
 
 fn docker(c: &Cluster, line: &str) -> Result<String> {
@@ -133,6 +134,58 @@ fn both_show_the_same(c: &Cluster) -> Result<()> {
             ensure!(ours[0].get(id) == stock[0].get(id), "{object}: {ours} {stock}");
         }
     }
+    Ok(())
+}
+
+/// Each says what it does, and takes back what the last update did: here each other's.
+fn both_roll_back(c: &Cluster) -> Result<()> {
+    let policy = "--update-parallelism 0 --update-monitor 500ms --rollback-parallelism 0 \
+                  --rollback-monitor 500ms";
+    c.service(&format!("--name web --replicas 2 --env A=1 {policy}"), crate::cluster::WHOAMI)?;
+    let shown = || -> Result<(String, String)> {
+        let service = c.api("GET", "/services/web")?;
+        let env = service["Spec"]["TaskTemplate"]["ContainerSpec"]["Env"].to_string();
+        Ok((env, service["UpdateStatus"]["State"].as_str().unwrap_or_default().to_owned()))
+    };
+    c.meshctl("m1", "service rollback web")?.refused(&["does not have a previous spec"])?;
+    c.docker("m1", "service rollback web")?.refused(&["does not have a previous spec"])?;
+    let said = docker(c, "service update --env-add A=2 web")?;
+    ensure!(said.contains("converged"), "{said}");
+    ensure!(shown()? == (r#"["A=2"]"#.into(), "completed".into()), "{:?}", shown()?);
+    for (ours, env) in [(true, r#"["A=1"]"#), (false, r#"["A=2"]"#)] {
+        let line = "service rollback web";
+        let said = if ours { c.meshctl("m2", line)? } else { c.docker("m2", line)? }.ok()?;
+        for words in ["rollback: manually requested rollback", "converged"] {
+            ensure!(said.contains(words), "no word of {words:?}: {said}");
+        }
+        ensure!(shown()? == (env.into(), "rollback_completed".into()), "{:?}", shown()?);
+        for task in c.wait_running("web", 2)? {
+            let value = c.task_sh(&task.name, "echo $A")?;
+            ensure!(env.contains(&format!("A={value}")), "{}: A is {value}", task.name);
+        }
+    }
+    c.meshctl("m1", "service update --rollback --force web")?.refused(&["--rollback"])
+}
+
+/// Whoever comes second looks again: no change is lost, and nobody is bothered.
+fn updates_at_the_same_time_all_happen(c: &Cluster) -> Result<()> {
+    c.service("--name web --replicas 1", "sleep infinity")?;
+    let names = ["A", "B", "C", "D"];
+    let update = |(n, name): (usize, &str)| {
+        let manager = ["m1", "m2", "m3"][n % 3];
+        c.meshctl(manager, &format!("service update --detach --env-add {name}=1 web"))?.ok()
+    };
+    let all: Result<Vec<_>> = std::thread::scope(|scope| {
+        let running: Vec<_> =
+            names.into_iter().enumerate().map(|one| scope.spawn(move || update(one))).collect();
+        running.into_iter().map(|one| one.join().expect("an update does not panic")).collect()
+    });
+    all?;
+    let service = c.api("GET", "/services/web")?;
+    let env = service["Spec"]["TaskTemplate"]["ContainerSpec"]["Env"].to_string();
+    let missing: Vec<_> =
+        names.into_iter().filter(|name| !env.contains(&format!("{name}=1"))).collect();
+    ensure!(missing.is_empty(), "{missing:?} are lost: {env}");
     Ok(())
 }
 

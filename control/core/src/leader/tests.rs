@@ -9,7 +9,7 @@ use mesh_types::{
 };
 
 use crate::{
-    command::Command,
+    command::{Command, Rejection},
     fixtures::{Bench, node_id, service, told},
     leader::{LeaderMemory, decide, view::CHANGES_MAX},
     model::{Availability, NodeState, Stop, Task, UpdateState},
@@ -443,6 +443,65 @@ fn a_failing_update_goes_back() {
         // Those that the update never came to stay, and start first took none away.
         assert_eq!(kept, if order == UpdateOrder::StartFirst { 3 } else { 2 });
     }
+}
+
+#[test]
+fn a_rollback_that_is_asked_for_goes_by_its_own_policy() {
+    let mut bench = Bench::with_nodes(2);
+    let mut spec = service("web", 3, &[]);
+    spec.update.parallelism = 1;
+    spec.rollback.parallelism = 2;
+    spec.rollback.delay = Duration::from_secs(20);
+    let web = bench.create_service(1, spec);
+    bench.run();
+    let roll_back = |bench: &mut Bench| {
+        let version = bench.version(web);
+        bench.apply(Command::RollBackService { id: web, version })
+    };
+    let none = roll_back(&mut bench).unwrap_err().to_string();
+    assert_eq!(none, "service web does not have a previous spec");
+    bench.update_service(web, |spec| spec.task.command = vec!["new".into()]).unwrap();
+    let stale = bench.version(web);
+    finish(&mut bench);
+    let late = bench.apply(Command::RollBackService { id: web, version: stale });
+    assert_eq!(late.unwrap_err(), Rejection::OutOfSequence);
+    roll_back(&mut bench).unwrap();
+    let started = (UpdateState::RollbackStarted, "manually requested rollback".into());
+    assert_eq!(status(&bench, web), started);
+    bench.run();
+    let old = |bench: &Bench| {
+        bench.live(web).iter().filter(|task| task.spec.command == ["server"]).count()
+    };
+    assert_eq!((old(&bench), bench.running(web)), (2, 3));
+    assert_eq!(status(&bench, web), started);
+    bench.now_ms += 20_000;
+    finish(&mut bench);
+    let done = (UpdateState::RollbackCompleted, "rollback completed".into());
+    assert_eq!((old(&bench), status(&bench, web)), (3, done.clone()));
+    // Once more, and it is the new one again.
+    roll_back(&mut bench).unwrap();
+    finish(&mut bench);
+    assert_eq!((old(&bench), status(&bench, web)), (0, done));
+}
+
+#[test]
+fn a_rollback_that_fails_pauses_and_goes_on_when_the_user_says_so() {
+    let mut bench = Bench::with_nodes(2);
+    let web = bench.create_service(1, service("web", 3, &[]));
+    bench.run();
+    bench.update_service(web, |spec| spec.task.command = vec!["new".into()]).unwrap();
+    finish(&mut bench);
+    let version = bench.version(web);
+    bench.apply(Command::RollBackService { id: web, version }).unwrap();
+    let failed = fail_next(&mut bench, web);
+    bench.settle();
+    let message = format!("rollback paused due to failure or early termination of task {failed}");
+    assert_eq!(status(&bench, web), (UpdateState::RollbackPaused, message));
+    bench.update_service(web, |spec| spec.labels.extend([("a".into(), "b".into())])).unwrap();
+    assert_eq!(status(&bench, web).0, UpdateState::RollbackStarted);
+    finish(&mut bench);
+    assert_eq!(status(&bench, web).0, UpdateState::RollbackCompleted);
+    assert!(bench.live(web).iter().all(|task| task.spec.command == ["server"]));
 }
 
 #[test]

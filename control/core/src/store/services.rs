@@ -112,7 +112,7 @@ impl Store {
     }
 
     /// How the leader's loops say that an update goes on, see
-    /// [`crate::command::TaskChange::Update`]. A manual rollback is the same with its own message.
+    /// [`crate::command::TaskChange::Update`].
     pub(super) fn advance_update(
         &mut self,
         at: At,
@@ -129,21 +129,36 @@ impl Store {
             service.conclude(at, state, message.to_owned());
             return;
         }
-        if let Err(refusal) = self.roll_back(at, id, message)
-            && let Some(service) = self.services.get_mut(&id)
-        {
-            let message = format!("update paused, could not be rolled back: {refusal}");
-            service.conclude(at, UpdateState::Paused, message);
+        let done = self.roll_back(at, id, message);
+        let Some(service) = self.services.get_mut(&id) else { return };
+        match done {
+            // The spec that failed is none to go back to.
+            Ok(()) => service.previous_spec = None,
+            Err(refusal) => {
+                let message = format!("update paused, could not be rolled back: {refusal}");
+                service.conclude(at, UpdateState::Paused, message);
+            }
         }
     }
 
-    /// Brings the spec before back, by its rollback policy. There is no way back from there.
-    pub(super) fn roll_back(
+    /// A rollback that the user asks for. As in Swarm the two specs change places: asked for again,
+    /// it takes the first one back.
+    pub(super) fn roll_back_service(
         &mut self,
         at: At,
         id: ServiceId,
-        message: &str,
-    ) -> Result<(), Rejection> {
+        version: Revision,
+    ) -> Result<Outcome, Rejection> {
+        let service = self.services.get(&id).ok_or_else(|| not_found(id))?;
+        if service.meta.version != version {
+            return Err(Rejection::OutOfSequence);
+        }
+        self.roll_back(at, id, "manually requested rollback")?;
+        Ok(Outcome::Warnings(Vec::new()))
+    }
+
+    /// Brings the spec before back, by its rollback policy.
+    fn roll_back(&mut self, at: At, id: ServiceId, message: &str) -> Result<(), Rejection> {
         let service = self.services.get(&id).ok_or_else(|| not_found(id))?;
         let previous = service.previous_spec.clone().ok_or_else(|| {
             Rejection::Precondition(format!(
@@ -153,7 +168,6 @@ impl Store {
         })?;
         self.replace_spec(at, id, &previous)?;
         if let Some(service) = self.services.get_mut(&id) {
-            service.previous_spec = None;
             service.begin(at, UpdateState::RollbackStarted, message.to_owned());
         }
         Ok(())

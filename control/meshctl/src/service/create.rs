@@ -7,7 +7,7 @@ use mesh_api::{
     RestartPolicy, ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate, UpdateConfig,
 };
 
-use super::{duration, labels, policy::PolicyArgs, progress, publish};
+use super::{WaitArgs, duration, labels, policy::PolicyArgs, progress, publish};
 use crate::{Usage, client::Client, output::say};
 
 /// The container label that chooses the executor.
@@ -110,15 +110,8 @@ pub(crate) struct CreateArgs {
     /// What runs its tasks; sets the container label mesh.runtime
     #[arg(long, value_enum)]
     runtime: Option<Runtime>,
-    /// Do not wait until the tasks run
-    #[arg(short, long)]
-    detach: bool,
-    /// No progress, the id alone
-    #[arg(short, long)]
-    quiet: bool,
-    /// Accepted for the stock CLI's sake: images are not resolved
-    #[arg(long, hide = true)]
-    no_resolve_image: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
     /// The image, a mere label for processes; none if `--` comes here
     #[arg(value_name = "IMAGE")]
     first: Option<String>,
@@ -128,18 +121,14 @@ pub(crate) struct CreateArgs {
 }
 
 pub(super) async fn run(client: &Client, args: CreateArgs, raw: &[String]) -> Result<()> {
-    let (detach, quiet) = (args.detach, args.quiet);
+    let wait = args.wait;
     let spec = spec(args, raw, |name| std::env::var(name).ok())?;
     let created: ServiceCreated = client.post("/services/create", Some(&spec)).await?;
     for warning in created.warnings.iter().flatten() {
         eprintln!("warning: {warning}");
     }
     say(&created.id)?;
-    if detach {
-        Ok(())
-    } else {
-        progress::wait(client, &created.id, progress::Goal::Update, quiet).await
-    }
+    progress::wait(client, &created.id, progress::Goal::Update, wait).await
 }
 
 fn spec(

@@ -40,15 +40,16 @@ pub(crate) enum Command {
     },
     /// Change the number of tasks of services
     Scale {
-        /// Do not wait until the tasks run
-        #[arg(short, long)]
-        detach: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
         /// `SERVICE=REPLICAS`
         #[arg(required = true, value_name = "SERVICE=REPLICAS")]
         services: Vec<String>,
     },
     /// Change a service; its tasks are replaced where that needs it
     Update(Box<update::UpdateArgs>),
+    /// Bring the spec before the last update back
+    Rollback(update::RollbackArgs),
     /// Remove services and their tasks
     #[command(alias = "remove")]
     Rm {
@@ -56,6 +57,20 @@ pub(crate) enum Command {
         #[arg(required = true)]
         services: Vec<String>,
     },
+}
+
+/// How the verbs that change tasks wait for them.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct WaitArgs {
+    /// Do not wait until the tasks are as they should be
+    #[arg(short, long)]
+    detach: bool,
+    /// No progress
+    #[arg(short, long)]
+    quiet: bool,
+    /// Accepted for the stock CLI's sake: images are not resolved
+    #[arg(long, hide = true)]
+    no_resolve_image: bool,
 }
 
 #[derive(Debug, Args)]
@@ -82,8 +97,9 @@ pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Re
             objects(&found, &format)?;
             failed
         }
-        Command::Scale { detach, services } => scale(client, detach, &services).await,
+        Command::Scale { wait, services } => scale(client, wait, &services).await,
         Command::Update(args) => update::run(client, *args).await,
+        Command::Rollback(args) => update::roll_back(client, args).await,
         Command::Rm { services } => {
             for_each(&services, async |service| {
                 client.delete(&format!("/services/{}", escape(&service))).await?;
@@ -225,7 +241,7 @@ pub(crate) fn duration(text: &str) -> Result<u64, String> {
     }
 }
 
-async fn scale(client: &Client, detach: bool, pairs: &[String]) -> Result<()> {
+async fn scale(client: &Client, wait: WaitArgs, pairs: &[String]) -> Result<()> {
     let mut wanted = Vec::new();
     for pair in pairs {
         let parsed =
@@ -242,10 +258,8 @@ async fn scale(client: &Client, detach: bool, pairs: &[String]) -> Result<()> {
         ids.push(scale_one(client, name, replicas).await?);
         say(format!("{name} scaled to {replicas}"))?;
     }
-    if !detach {
-        for id in ids {
-            progress::wait(client, &id, progress::Goal::Update, false).await?;
-        }
+    for id in ids {
+        progress::wait(client, &id, progress::Goal::Update, wait).await?;
     }
     Ok(())
 }

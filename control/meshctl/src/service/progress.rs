@@ -12,6 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mesh_api::{Node, Service, Task, UpdateStatus};
 use tokio::time::Instant;
 
+use super::WaitArgs;
 use crate::{
     client::{Client, filter_query},
     output::{natural, say},
@@ -59,10 +60,14 @@ pub(super) enum Goal {
     Rollback,
 }
 
-/// Waits until the service has converged and stays so. Ctrl-C ends the wait, not the service.
-pub(super) async fn wait(client: &Client, id: &str, goal: Goal, quiet: bool) -> Result<()> {
+/// Waits until the service has converged and stays so, unless told not to. Ctrl-C ends the wait,
+/// not the service.
+pub(super) async fn wait(client: &Client, id: &str, goal: Goal, how: WaitArgs) -> Result<()> {
+    if how.detach {
+        return Ok(());
+    }
     tokio::select! {
-        result = converge(client, id, goal, quiet) => result,
+        result = converge(client, id, goal, how.quiet) => result,
         _ = tokio::signal::ctrl_c() => {
             eprintln!("Operation continuing in background.");
             eprintln!("Use `meshctl service ps {id}` to check progress.");

@@ -5,7 +5,7 @@ use clap::Args;
 use mesh_api::UpdateConfig;
 use serde_json::{Map, Value, json};
 
-use super::{create::env, policy::PolicyArgs, progress, set_replicas, warn};
+use super::{WaitArgs, create::env, policy::PolicyArgs, progress, set_replicas, warn};
 use crate::{
     Usage,
     client::{Client, escape},
@@ -40,15 +40,8 @@ pub(crate) struct UpdateArgs {
     /// Go back to the spec before the last update
     #[arg(long)]
     rollback: bool,
-    /// Do not wait until the update is complete
-    #[arg(short, long)]
-    detach: bool,
-    /// No progress
-    #[arg(short, long)]
-    quiet: bool,
-    /// Accepted for the stock CLI's sake: images are not resolved
-    #[arg(long, hide = true)]
-    no_resolve_image: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
     /// Name or id
     service: String,
 }
@@ -56,17 +49,47 @@ pub(crate) struct UpdateArgs {
 pub(super) async fn run(client: &Client, args: UpdateArgs) -> Result<()> {
     let environment = |name: &str| std::env::var(name).ok();
     let command = args.args.as_deref().map(words).transpose()?;
-    let query = if args.rollback { "rollback=previous" } else { "" };
-    let path = format!("/services/{}", escape(&args.service));
-    let change = |spec: &mut Value| edit(spec, &args, command.as_deref(), environment);
+    let change = |spec: &mut Value| {
+        let before = args.rollback.then(|| spec.clone());
+        edit(spec, &args, command.as_deref(), environment)?;
+        if before.is_some_and(|before| before != *spec) {
+            bail!(Usage("other flags may not be combined with --rollback".to_owned()));
+        }
+        Ok(())
+    };
+    let goal = if args.rollback { progress::Goal::Rollback } else { progress::Goal::Update };
+    send(client, &args.service, goal, args.wait, change).await
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RollbackArgs {
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// Name or id
+    service: String,
+}
+
+/// `meshctl service rollback`.
+pub(super) async fn roll_back(client: &Client, args: RollbackArgs) -> Result<()> {
+    send(client, &args.service, progress::Goal::Rollback, args.wait, |_| Ok(())).await
+}
+
+async fn send(
+    client: &Client,
+    service: &str,
+    goal: progress::Goal,
+    wait: WaitArgs,
+    change: impl Fn(&mut Value) -> Result<()>,
+) -> Result<()> {
+    let query = match goal {
+        progress::Goal::Update => "",
+        progress::Goal::Rollback => "rollback=previous",
+    };
+    let path = format!("/services/{}", escape(service));
     let (id, answer) = client.modify("/services", &path, query, change).await?;
     warn(&answer["Warnings"]);
-    say(&args.service)?;
-    if args.detach {
-        return Ok(());
-    }
-    let goal = if args.rollback { progress::Goal::Rollback } else { progress::Goal::Update };
-    progress::wait(client, &id, goal, args.quiet).await
+    say(service)?;
+    progress::wait(client, &id, goal, wait).await
 }
 
 /// Makes of a spec what the flags say.

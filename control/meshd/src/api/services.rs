@@ -100,22 +100,17 @@ pub(super) async fn update(
         }
     };
     // With `rollback` the body does not count.
-    let sent = if rollback { serde_json::Value::Null } else { body.value()? };
-    let (id, spec) = read(&backend, |store| {
-        let service = find::service(store, &id)?;
-        let spec = if rollback {
-            service.previous_spec.as_deref().cloned().ok_or_else(|| {
-                ApiError::bad_request(format!(
-                    "rpc error: code = FailedPrecondition desc = service {id} does not have a \
-                     previous spec"
-                ))
-            })?
-        } else {
-            service_spec(store, sent)?
-        };
-        Ok::<_, ApiError>((service.id, spec))
+    let sent = if rollback { None } else { Some(body.value()?) };
+    let command = read(&backend, |store| {
+        let id = find::service(store, &id)?.id;
+        Ok::<_, ApiError>(match sent {
+            None => Command::RollBackService { id, version },
+            Some(sent) => {
+                let spec = Box::new(service_spec(store, sent)?);
+                Command::UpdateService { id, version, spec }
+            }
+        })
     })??;
-    let command = Command::UpdateService { id, version, spec: Box::new(spec) };
     let outcome = backend.propose(command).await?;
     Ok(Json(serde_json::json!({ "Warnings": warnings(outcome) })))
 }

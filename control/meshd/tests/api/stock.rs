@@ -182,10 +182,14 @@ async fn service_verbs() {
     assert!(out.contains("converged"), "{out}");
     docker.ok("service update -d --env-rm X --env-add A=b web").await;
     docker.ok("service update -d --env-add X=y web").await;
-    docker.ok("service rollback -d web").await;
+    let out = docker.ok("service rollback web").await;
+    assert!(out.contains("rollback: manually requested rollback"), "{out}");
+    assert!(out.contains("converged"), "{out}");
     let env =
         docker.ok("service inspect web --format {{.Spec.TaskTemplate.ContainerSpec.Env}}").await;
     assert_eq!(env, "[A=b]");
+    let state = docker.ok("service inspect web --format {{.UpdateStatus.State}}").await;
+    assert_eq!(state, "rollback_completed");
     let out =
         docker.ok(&format!("service create --mode global --name g {PROCESS} host true")).await;
     assert!(out.contains("converged"), "{out}");
