@@ -45,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("meshctl", &["mesh-api", "mesh-types", "mesh-lab"]),
     ("mesh-lab", &["mesh-types", "mesh-api", "mesh-linux"]),
+    ("mesh-history", &[]),
     // It installs what the others need to compile.
     ("xtask", &[]),
 ];

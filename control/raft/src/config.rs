@@ -16,6 +16,9 @@ pub struct RaftConfig {
     pub address: SocketAddr,
     /// Seals what is on disk. Of this node alone.
     pub data_key: [u8; 32],
+    /// It took part before: its file must be there. Without it the node has forgotten whom it voted
+    /// for and what it acknowledged, and must not go on under its old number.
+    pub resume: bool,
     /// How patient it is.
     pub timers: Timers,
     /// Snapshots are made after this many entries; 5,000 by default. Larger: longer restarts.
@@ -33,6 +36,7 @@ impl RaftConfig {
             number,
             address,
             data_key,
+            resume: false,
             timers: Timers::default(),
             snapshot_entries: 5000,
             snapshot_bytes: 16 << 20,
@@ -47,6 +51,7 @@ impl fmt::Debug for RaftConfig {
             .field("dir", &self.dir)
             .field("number", &self.number)
             .field("address", &self.address)
+            .field("resume", &self.resume)
             .field("timers", &self.timers)
             .finish_non_exhaustive()
     }

@@ -29,6 +29,7 @@ use crate::{
     types::{CodecError, Entry, LogId, SnapshotMeta, Types, Vote, decode, encode},
 };
 
+const FILE: &str = "raft.redb";
 const LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("log");
 const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
 const VOTE: &str = "vote";
@@ -46,6 +47,16 @@ pub enum DiskError {
         path: PathBuf,
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// This node took part before, and what it knew is gone.
+    #[error(
+        "{path} is gone, and with it what this manager voted for and acknowledged: it must not go \
+         on under its old number. Remove it from the cluster on another manager (`node rm \
+         --force`), let it leave by force here (`swarm leave --force`) and join again"
+    )]
+    Lost {
+        /// The file.
+        path: PathBuf,
     },
     /// A read or write of the database.
     #[error("{path}: {source}")]
@@ -119,6 +130,17 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
+    /// Opens the file and checks every record in it. It must be there, and may not be empty.
+    pub(crate) fn resume(dir: &Path, key: &[u8; 32]) -> Result<Self, DiskError> {
+        let path = dir.join(FILE);
+        match std::fs::metadata(&path) {
+            Ok(file) if file.len() > 0 => Self::open(dir, key),
+            Ok(_) => Err(DiskError::Lost { path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DiskError::Lost { path }),
+            Err(error) => Err(DiskError::Open { path, source: error.into() }),
+        }
+    }
+
     /// Opens or makes the file and checks every record in it.
     pub(crate) fn open(dir: &Path, key: &[u8; 32]) -> Result<Self, DiskError> {
         use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -130,7 +152,7 @@ impl Disk {
             .mode(0o700)
             .create(dir)
             .map_err(|e| fail(dir, e.into()))?;
-        let path = dir.join("raft.redb");
+        let path = dir.join(FILE);
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)

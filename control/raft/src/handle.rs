@@ -132,10 +132,11 @@ impl Raft {
         transport: Arc<dyn Transport>,
     ) -> Result<Self, StartError> {
         let core_config = config::openraft(&config).map_err(Box::new)?;
-        let (dir, key) = (config.dir.clone(), config.data_key);
+        let (dir, key, resume) = (config.dir.clone(), config.data_key, config.resume);
         let place = dir.display().to_string();
         let opened = tokio::task::spawn_blocking(move || {
-            let disk = Arc::new(Disk::open(&dir, &key)?);
+            let open = if resume { Disk::resume } else { Disk::open };
+            let disk = Arc::new(open(&dir, &key)?);
             let machine = Machine::load(Arc::clone(&disk))
                 .map_err(|source| StartError::Snapshot { path: dir, source })?;
             Ok::<_, StartError>((disk, machine))
@@ -291,10 +292,13 @@ impl Raft {
             GaveUp::Refused(refusal) => ProposeError::Stopped(refusal.to_string()),
         })?;
         let revision = Revision::new(answer.index).unwrap_or(Revision::MAX);
-        if !self.caught_up(revision).await {
+        let caught_up = self.caught_up(revision).await;
+        // A refusal is one, however far this node is.
+        let outcome = answer.result?;
+        if !caught_up {
             return Err(ProposeError::Behind { revision });
         }
-        Ok(Applied { revision, outcome: answer.result? })
+        Ok(Applied { revision, outcome })
     }
 
     /// Writes as the leader of `term`, or not at all: neither forwarded nor tried again. For what
@@ -360,6 +364,12 @@ impl Raft {
     /// Looks at the local store. Writes wait meanwhile: be brief, never block.
     pub fn read<R>(&self, f: impl FnOnce(&Store) -> R) -> R {
         self.0.shared.read(f)
+    }
+
+    /// Log indexes of the writes that are remembered.
+    #[cfg(test)]
+    pub(crate) fn written_at(&self) -> std::collections::BTreeSet<u64> {
+        self.0.shared.written_at()
     }
 
     #[cfg(test)]

@@ -69,6 +69,12 @@ impl Shared {
         self.state().image.recent.iter().map(|(id, _)| *id).collect()
     }
 
+    /// Where they are in the log.
+    #[cfg(test)]
+    pub(crate) fn written_at(&self) -> std::collections::BTreeSet<u64> {
+        self.state().image.recent.iter().map(|(_, answer)| answer.index).collect()
+    }
+
     pub(crate) fn watch(&self) -> watch::Receiver<Revision> {
         self.revision.subscribe()
     }

@@ -27,7 +27,14 @@ pub trait Backend: Send + Sync + 'static {
     /// Who leads; `None` on workers, outside a cluster, and while no leader has a majority.
     fn leadership(&self) -> Option<Leadership>;
 
-    /// Shows the store to `f`, called at most once.
+    /// Waits until [`Backend::read`] shows every change that was acknowledged, by any manager,
+    /// before this was called. On a node that is no manager there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`ApiError::no_leader`]: without a majority nobody knows what the others acknowledged.
+    async fn catch_up(&self) -> Result<(), ApiError>;
+
+    /// Shows the store, as this node has it, to `f`, called at most once.
     ///
     /// # Errors
     /// [`ApiError::not_in_swarm`], [`ApiError::worker`], [`ApiError::no_leader`].

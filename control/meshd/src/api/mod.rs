@@ -49,14 +49,21 @@ pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>) -> io::Res
 }
 
 fn router(backend: Shared) -> Router {
-    Router::new()
+    // What is answered from this node alone: none of it may wait for others.
+    let own = Router::new()
         .route("/_ping", get(system::ping))
         .route("/version", get(system::version))
         .route("/info", get(system::info))
-        .route("/swarm", get(swarm::inspect))
         .route("/swarm/init", post(swarm::init))
         .route("/swarm/join", post(swarm::join))
         .route("/swarm/leave", post(swarm::leave))
+        .route("/distribution/{*image}", get(system::distribution))
+        .route("/mesh/status", get(own::status))
+        .route("/mesh/node/stats", get(own::stats));
+    // What the store says. Every manager gives the same answers: a change that was acknowledged by
+    // one is seen on all, also by a change that is asked for elsewhere right after it.
+    let shared = Router::new()
+        .route("/swarm", get(swarm::inspect))
         .route("/swarm/update", post(swarm::update))
         .route("/nodes", get(nodes::list))
         .route("/nodes/{id}", get(nodes::inspect).delete(nodes::remove))
@@ -70,10 +77,9 @@ fn router(backend: Shared) -> Router {
         .route("/services/{id}/update", post(services::update))
         .route("/tasks", get(tasks::list))
         .route("/tasks/{id}", get(tasks::inspect))
-        .route("/distribution/{*image}", get(system::distribution))
-        .route("/mesh/status", get(own::status))
-        .route("/mesh/node/stats", get(own::stats))
         .route("/mesh/task/{id}/exec", post(own::exec))
+        .route_layer(middleware::from_fn_with_state(backend.clone(), catch_up));
+    own.merge(shared)
         .fallback(not_found)
         .method_not_allowed_fallback(not_found)
         .layer(middleware::from_fn_with_state(backend.clone(), finish))
@@ -168,6 +174,16 @@ async fn finish(
         HeaderValue::from_static(concat!("Docker/", env!("CARGO_PKG_VERSION"), " (linux)")),
     );
     response
+}
+
+/// Makes what [`read`] shows current before a handler looks.
+async fn catch_up(
+    axum::extract::State(backend): axum::extract::State<Shared>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    backend.catch_up().await?;
+    Ok(next.run(request).await)
 }
 
 /// Looks at the store.

@@ -9,7 +9,7 @@ use mesh_control::{
     store::Store,
     token::JoinToken,
 };
-use mesh_raft::ProposeError;
+use mesh_raft::{ProposeError, ReadError};
 use mesh_types::{NodeId, TaskId};
 
 use super::{Node, State, bootstrap, exec, manager::Manager, member::Member};
@@ -183,6 +183,19 @@ impl Backend for Node {
         reachable.insert(leader);
         reachable.insert(member.identity.number);
         Some(Leadership { leader, reachable })
+    }
+
+    async fn catch_up(&self) -> Result<(), ApiError> {
+        // Why there is no manager is the read's to say.
+        let Ok((_, manager)) = self.manager() else { return Ok(()) };
+        if !manager.raft.leadership().borrow().has_quorum {
+            return Err(ApiError::no_leader());
+        }
+        match manager.raft.read_barrier().await {
+            Ok(_) => Ok(()),
+            Err(ReadError::NoLeader) => Err(ApiError::no_leader()),
+            Err(stopped @ ReadError::Stopped(_)) => Err(ApiError::internal(stopped.to_string())),
+        }
     }
 
     fn read(&self, f: &mut dyn FnMut(&Store)) -> Result<(), ApiError> {

@@ -102,7 +102,8 @@ pub(crate) async fn init(
         first,
     }));
     let client = RpcClient::new(ClientTls::member(&identity).map_err(internal)?);
-    let raft = member::start_raft(options, &identity, address, &client).await.map_err(internal)?;
+    let raft = member::start_raft(options, &identity, address, &client, false).await;
+    let raft = raft.map_err(internal)?;
     raft.bootstrap().await.map_err(internal)?;
     let proposal = mesh_control::command::Proposal { now_ms: clock::wall_ms(), command };
     if let Err(error) = raft.propose(proposal).await {
@@ -159,9 +160,19 @@ pub(crate) async fn join(
         gossip_key: answer.gossip_key,
         managers: answer.managers,
     };
+    // Before the identity is kept: a manager that has one and no store has lost it.
+    let raft = match identity.role {
+        Role::Worker => None,
+        Role::Manager => {
+            let client = RpcClient::new(ClientTls::member(&identity).map_err(internal)?);
+            let address = settings.address;
+            let raft = member::start_raft(options, &identity, address, &client, false).await;
+            Some((raft.map_err(internal)?, client))
+        }
+    };
     keep(options, &identity, &settings)?;
     tracing::info!(node = %identity.node, role = ?identity.role, "joined");
-    begin(options, engine, identity, settings, None).await
+    begin(options, engine, identity, settings, raft).await
 }
 
 /// Brings the new member up. One that cannot come up is none: the next start must not find it.

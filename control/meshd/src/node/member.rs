@@ -96,14 +96,18 @@ impl Drop for Tasks {
     }
 }
 
-/// Starts a manager's raft on its directory.
+/// Starts a manager's raft on its directory. `resume`: the identity was kept, which comes after the
+/// store's first start.
 pub(crate) async fn start_raft(
     options: &Options,
     identity: &Identity,
     address: SocketAddr,
     client: &RpcClient,
+    resume: bool,
 ) -> Result<Raft> {
-    let config = RaftConfig::new(options.raft_dir(), identity.number, address, identity.data_key);
+    let mut config =
+        RaftConfig::new(options.raft_dir(), identity.number, address, identity.data_key);
+    config.resume = resume;
     let transport = Arc::new(RaftTransport::new(client.clone()));
     Raft::start(config, transport).await.context("starting the store")
 }
@@ -117,7 +121,7 @@ fn any(like: IpAddr, port: u16) -> SocketAddr {
 }
 
 impl Member {
-    /// Brings all parts up. `raft`: already started, by `swarm init`.
+    /// Brings all parts up. `raft`: already started, by `swarm init` and `swarm join`.
     pub(crate) async fn start(
         options: &Options,
         engine: &EngineFacts,
@@ -150,7 +154,7 @@ impl Member {
             Role::Manager => {
                 let raft = match raft {
                     Some(raft) => raft,
-                    None => start_raft(options, &identity, advertised, &client).await?,
+                    None => start_raft(options, &identity, advertised, &client, true).await?,
                 };
                 let manager = Manager::new(raft);
                 let _ = handler.manager.set(Arc::clone(&manager));

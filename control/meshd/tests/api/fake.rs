@@ -222,6 +222,10 @@ impl Backend for Fake {
         Some(Leadership { leader: NodeNumber::MIN, reachable })
     }
 
+    async fn catch_up(&self) -> Result<(), ApiError> {
+        Ok(())
+    }
+
     fn read(&self, f: &mut dyn FnMut(&Store)) -> Result<(), ApiError> {
         let state = self.lock();
         Self::check(&state)?;

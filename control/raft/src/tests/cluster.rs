@@ -230,6 +230,30 @@ async fn a_damaged_entry_and_a_wrong_key_are_refused() {
     assert!(refused.contains("log entry 3 cannot be read: it is damaged"), "{refused}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_disk_is_not_a_new_one() {
+    let net = Net::group("lost", 3, 1000).await;
+    write(&net.node(2), 1).await.unwrap();
+    net.stop(2).await;
+    let config = net.config(2);
+    let file = config.dir.join("raft.redb");
+    std::fs::File::create(&file).unwrap();
+    for what in ["emptied", "removed"] {
+        let refused = Raft::start(config.clone(), Arc::new(Nowhere)).await;
+        assert!(matches!(refused, Err(StartError::Disk(DiskError::Lost { .. }))), "{what}");
+        let _ = std::fs::remove_file(&file);
+    }
+    // Refusing made nothing that the next start would take for a store.
+    assert!(!file.exists());
+    // Under a new number the same machine catches up and votes.
+    let (_, leader) = net.leader(2, PATIENCE).await;
+    leader.remove_voter(number(2)).await.unwrap();
+    let raft = net.start(4).await;
+    leader.add_voter(number(4), address(4)).await.unwrap();
+    until(&leader, "three voters", |now| now.voters.len() == 3).await;
+    assert_eq!(raft.writes(), leader.writes());
+}
+
 struct Nowhere;
 
 #[async_trait::async_trait]

@@ -17,10 +17,13 @@ use mesh_control::{
     command::{Command, Proposal},
     model::Role,
 };
+use mesh_history::Dice;
 use mesh_types::{NodeNumber, Revision};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::{Leadership, ProposeError, Raft, RaftConfig, RpcKind, Transport, TransportError};
+use crate::{
+    Leadership, ProposeError, Raft, RaftConfig, RpcKind, Timers, Transport, TransportError,
+};
 
 /// Removed when dropped.
 pub(crate) struct TempDir(PathBuf);
@@ -29,9 +32,12 @@ static DIRS: AtomicU32 = AtomicU32::new(0);
 
 impl TempDir {
     pub(crate) fn new(name: &str) -> Self {
+        Self::under(&std::env::temp_dir(), name)
+    }
+
+    fn under(parent: &Path, name: &str) -> Self {
         let unique = DIRS.fetch_add(1, Ordering::Relaxed);
-        let path =
-            std::env::temp_dir().join(format!("mesh-raft-{}-{unique}-{name}", std::process::id()));
+        let path = parent.join(format!("mesh-raft-{}-{unique}-{name}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -54,6 +60,18 @@ struct Links {
     cut: BTreeSet<(u64, u64)>,
     /// Answers to forwarded writes that get lost, so many.
     lose_answers: u32,
+    /// What happens to every message.
+    weather: Option<Weather>,
+}
+
+/// What happens to every message on every link.
+#[derive(Debug, Clone)]
+pub(crate) struct Weather {
+    /// So many of a thousand get lost.
+    pub(crate) loss: u64,
+    /// And the others are late by up to this.
+    pub(crate) delay: Duration,
+    pub(crate) dice: Dice,
 }
 
 struct Wire {
@@ -62,8 +80,15 @@ struct Wire {
 }
 
 impl Wire {
-    fn cut(&self, from: u64, to: u64) -> bool {
-        self.links.lock().unwrap().cut.contains(&(from, to))
+    /// Carries a message, or loses it.
+    async fn carry(&self, from: u64, to: u64) -> bool {
+        let fate = self.links.lock().unwrap().fate(from, to);
+        match fate {
+            None => return false,
+            Some(Duration::ZERO) => {}
+            Some(late) => sleep(late).await,
+        }
+        true
     }
 
     fn lose_answer(&self, kind: RpcKind) -> bool {
@@ -71,6 +96,21 @@ impl Wire {
         let lose = kind == RpcKind::Propose && links.lose_answers > 0;
         links.lose_answers -= u32::from(lose);
         lose
+    }
+}
+
+impl Links {
+    /// A message's lot: `None`, it is lost, or how late it comes.
+    fn fate(&mut self, from: u64, to: u64) -> Option<Duration> {
+        if self.cut.contains(&(from, to)) {
+            return None;
+        }
+        let Some(Weather { loss, delay, dice }) = &mut self.weather else {
+            return Some(Duration::ZERO);
+        };
+        let lost = dice.below(1000) < *loss;
+        let micros = u64::try_from(delay.as_micros()).unwrap() + 1;
+        (!lost).then(|| Duration::from_micros(dice.below(micros)))
     }
 }
 
@@ -97,7 +137,7 @@ impl Transport for Wire {
         timeout: Duration,
     ) -> Result<Bytes, TransportError> {
         let to = target.get();
-        if self.cut(self.from, to) {
+        if !self.carry(self.from, to).await {
             return Err(silence(timeout).await);
         }
         let Some(node) = self.links.lock().unwrap().nodes.get(&to).cloned() else {
@@ -108,7 +148,7 @@ impl Transport for Wire {
         if self.lose_answer(kind) {
             return Err(TransportError::Failed("connection reset".into()));
         }
-        if self.cut(to, self.from) {
+        if !self.carry(to, self.from).await {
             return Err(silence(timeout).await);
         }
         answer.map_err(|e| TransportError::Failed(e.to_string()))
@@ -128,21 +168,37 @@ pub(crate) struct Net {
     dir: TempDir,
     links: Arc<Mutex<Links>>,
     snapshot_entries: u64,
+    timers: Timers,
 }
 
 impl Net {
-    pub(crate) fn new(name: &str, snapshot_entries: u64) -> Self {
-        Self { dir: TempDir::new(name), links: Arc::default(), snapshot_entries }
+    fn new(dir: TempDir, snapshot_entries: u64, timers: Timers) -> Self {
+        Self { dir, links: Arc::default(), snapshot_entries, timers }
     }
 
     /// Nodes 1..=n, all voters.
     pub(crate) async fn group(name: &str, n: u64, snapshot_entries: u64) -> Self {
-        let net = Self::new(name, snapshot_entries);
+        Self::new(TempDir::new(name), snapshot_entries, Timers::default()).form(n).await
+    }
+
+    /// The same with other timers, and disks in memory where there is such a thing: a process that
+    /// dies loses nothing that it wrote, so syncing adds nothing but time.
+    pub(crate) async fn hasty(name: &str, n: u64, snapshot_entries: u64, timers: Timers) -> Self {
+        let memory = Path::new("/dev/shm");
+        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        Self::new(TempDir::under(&parent, name), snapshot_entries, timers).form(n).await
+    }
+
+    async fn form(self, n: u64) -> Self {
+        let net = self;
         let first = net.start(1).await;
         first.bootstrap().await.unwrap();
         for id in 2..=n {
             net.start(id).await;
-            first.add_voter(number(id), address(id)).await.unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while let Err(error) = first.add_voter(number(id), address(id)).await {
+                assert!(Instant::now() < deadline, "node {id} is not made a voter: {error}");
+            }
         }
         net
     }
@@ -151,6 +207,9 @@ impl Net {
         let dir = self.dir.path().join(id.to_string());
         let mut config = RaftConfig::new(dir, number(id), address(id), [9; 32]);
         config.snapshot_entries = self.snapshot_entries;
+        config.timers = self.timers;
+        // A node that is started again must find what it knew.
+        config.resume = config.dir.exists();
         config
     }
 
@@ -190,8 +249,17 @@ impl Net {
         }
     }
 
+    /// Loses what goes from one to the other.
+    pub(crate) fn cut(&self, from: u64, to: u64) {
+        self.links.lock().unwrap().cut.insert((from, to));
+    }
+
     pub(crate) fn heal(&self) {
         self.links.lock().unwrap().cut.clear();
+    }
+
+    pub(crate) fn weather(&self, weather: Option<Weather>) {
+        self.links.lock().unwrap().weather = weather;
     }
 
     pub(crate) fn lose_answers(&self, n: u32) {
