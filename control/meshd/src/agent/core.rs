@@ -254,8 +254,19 @@ pub(super) struct Core {
     assigned: bool,
     /// Something but looks happened since this was asked last.
     changed: bool,
-    /// No manager is there to replace what ends: it is started again here.
-    alone: bool,
+    managers: Managers,
+}
+
+/// Whether there are managers that replace what ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Managers {
+    /// They are told, and decide.
+    #[default]
+    There,
+    /// Not heard, but perhaps only for a moment: who decides about what ends is open.
+    Lost,
+    /// Not there: what ends is started again here.
+    Away,
 }
 
 impl Core {
@@ -309,15 +320,19 @@ impl Core {
         ids.into_iter().for_each(|id| self.advance(now_ms, id));
     }
 
-    /// Whether there are managers that replace what ends.
-    pub(super) fn handle_managed(&mut self, now_ms: u64, managed: bool) {
-        self.alone = !managed;
+    /// Whether there are managers changed.
+    pub(super) fn handle_managers(&mut self, now_ms: u64, managers: Managers) {
+        self.managers = managers;
         self.changed = true;
         let paused = |task: &&mut Task| task.busy == Some(Busy::Pause);
-        for task in self.tasks.values_mut().filter(paused).filter(|_| managed) {
+        for task in self.tasks.values_mut().filter(paused) {
             // From now on the managers decide.
-            task.report_end(now_ms);
+            if managers == Managers::There {
+                task.report_end(now_ms);
+            }
         }
+        let ids: Vec<TaskId> = self.tasks.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.advance(now_ms, id));
     }
 
     /// How a step went.
@@ -378,7 +393,7 @@ impl Core {
         if task.busy.is_some() || (task.assignment.is_none() && !self.assigned) {
             return;
         }
-        if let Some((busy, step)) = task.next_step(now_ms, self.alone) {
+        if let Some((busy, step)) = task.next_step(now_ms, self.managers) {
             task.busy = Some(busy);
             let after = task.step_after(busy);
             self.actions.push_back(Action { task: id, step, after });
@@ -525,11 +540,11 @@ impl Task {
     }
 
     /// The one step that brings it closer to what is wanted; `None` if it is there.
-    fn next_step(&mut self, now_ms: u64, alone: bool) -> Option<(Busy, Step)> {
+    fn next_step(&mut self, now_ms: u64, managers: Managers) -> Option<(Busy, Step)> {
         match self.process {
             Process::Running => self.next_while_running(),
             Process::Created => self.next_before_start(now_ms),
-            Process::Absent | Process::Ended => self.next_without_process(now_ms, alone),
+            Process::Absent | Process::Ended => self.next_without_process(now_ms, managers),
         }
     }
 
@@ -593,8 +608,14 @@ impl Task {
         Some((Busy::Start, Step::Start))
     }
 
-    fn next_without_process(&mut self, now_ms: u64, alone: bool) -> Option<(Busy, Step)> {
-        if alone && self.plugged == Plugged::No && self.may_start_again(now_ms) {
+    fn next_without_process(&mut self, now_ms: u64, managers: Managers) -> Option<(Busy, Step)> {
+        let open = managers != Managers::There
+            && self.plugged == Plugged::No
+            && self.may_start_again(now_ms);
+        if open && managers == Managers::Lost {
+            return None;
+        }
+        if open {
             if !self.paused {
                 self.paused = true;
                 return Some((Busy::Pause, Step::Pause));

@@ -444,7 +444,7 @@ fn a_restart_while_draining_drains_anew_with_its_interfaces() {
 
 /// Ends by itself and is unplugged while no manager is there.
 fn ended_alone(single: &mut Single, code: i32) {
-    single.core.handle_managed(4, false);
+    single.core.handle_managers(4, Managers::Away);
     single.core.handle_outcome(4, single.id, Outcome::Ended(exit(code)));
     single.step("detach", Outcome::Done);
 }
@@ -469,7 +469,7 @@ fn without_managers_a_task_is_started_again_here() {
         assert_eq!(steps(&mut single.core), ["watch"]);
     }
     // Managers replace it themselves again.
-    single.core.handle_managed(6, true);
+    single.core.handle_managers(6, Managers::There);
     single.core.handle_outcome(6, single.id, Outcome::Ended(exit(1)));
     single.step("detach", Outcome::Done);
     single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
@@ -481,11 +481,30 @@ fn managers_that_come_back_during_the_pause_decide() {
     let mut single = Single::running();
     ended_alone(&mut single, 1);
     assert_eq!(steps(&mut single.core), ["pause"]);
-    single.core.handle_managed(5, true);
+    single.core.handle_managers(5, Managers::There);
     single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
     assert_eq!(single.status().exit_code, Some(1));
     single.core.handle_outcome(6, single.id, Outcome::Done);
     assert!(steps(&mut single.core).is_empty());
+}
+
+#[test]
+fn what_ends_while_it_is_open_who_decides_waits() {
+    for managers in [Managers::There, Managers::Away] {
+        let mut single = Single::running();
+        single.core.handle_managers(4, Managers::Lost);
+        single.core.handle_outcome(4, single.id, Outcome::Ended(exit(1)));
+        single.step("detach", Outcome::Done);
+        assert!(steps(&mut single.core).is_empty());
+        assert_eq!(single.status().state, TaskState::Running, "its leases are kept");
+        single.core.handle_managers(5, managers);
+        if managers == Managers::Away {
+            assert_eq!(steps(&mut single.core), ["pause"]);
+        } else {
+            single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
+            assert!(steps(&mut single.core).is_empty());
+        }
+    }
 }
 
 #[test]

@@ -32,7 +32,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use self::core::{Action, Core, Kept, Outcome, Step};
+use self::core::{Action, Core, Kept, Managers, Outcome, Step};
 pub use self::{report::StatusFeed, sockets::Sockets};
 
 /// Every step has a deadline, so that no task hangs in a state without a reason.
@@ -132,7 +132,7 @@ impl std::fmt::Debug for AgentHandle {
 enum Input {
     Assign(Vec<TaskAssignment>),
     Outcome(TaskId, Outcome),
-    Managed(bool),
+    Managers(Managers),
 }
 
 impl Agent {
@@ -162,31 +162,39 @@ impl Agent {
         tokio::spawn(driver.run(receiver));
         // No session yet, which is no news until it stays so.
         let (managed, changes) = watch::channel(false);
-        tokio::spawn(tell_managed(changes, inputs.downgrade()));
+        tokio::spawn(tell_managers(changes, inputs.downgrade()));
         Ok(AgentHandle { inputs, view, executor, managed: Arc::new(managed) })
     }
 }
 
-/// Passes on whether there are managers: at once that there are, late that there are none.
-async fn tell_managed(
+/// Passes on whether there are managers: at once when they are lost or back, late that they are away.
+/// Before the first of them is reached, as after a start, none is lost.
+async fn tell_managers(
     mut managed: watch::Receiver<bool>,
     inputs: mpsc::WeakUnboundedSender<Input>,
 ) {
+    let tell = |managers| match inputs.upgrade() {
+        Some(inputs) => inputs.send(Input::Managers(managers)).is_ok(),
+        None => false,
+    };
+    let mut reached = false;
     loop {
         if managed.wait_for(|managed| !managed).await.is_err() {
             return;
         }
-        if let Ok(back) = timeout(ALONE_AFTER, managed.wait_for(|managed| *managed)).await {
-            if back.is_err() {
-                return;
-            }
-            continue;
+        if reached && !tell(Managers::Lost) {
+            return;
         }
-        let tell = |managed| match inputs.upgrade() {
-            Some(inputs) => inputs.send(Input::Managed(managed)).is_ok(),
-            None => false,
-        };
-        if !tell(false) || managed.wait_for(|managed| *managed).await.is_err() || !tell(true) {
+        let back = timeout(ALONE_AFTER, managed.wait_for(|managed| *managed));
+        match back.await.map(|back| back.is_ok()) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) if !tell(Managers::Away) => return,
+            Err(_) if managed.wait_for(|managed| *managed).await.is_err() => return,
+            Err(_) => {}
+        }
+        reached = true;
+        if !tell(Managers::There) {
             return;
         }
     }
@@ -298,7 +306,7 @@ impl Driver {
     fn handle(&mut self, input: Input) {
         match input {
             Input::Assign(set) => self.core.handle_assign(now_ms(), set),
-            Input::Managed(managed) => self.core.handle_managed(now_ms(), managed),
+            Input::Managers(managers) => self.core.handle_managers(now_ms(), managers),
             Input::Outcome(task, outcome) => self.core.handle_outcome(now_ms(), task, outcome),
         }
     }
