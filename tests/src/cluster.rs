@@ -256,6 +256,29 @@ impl Cluster {
         Ok(list(&nodes).iter().filter_map(name).collect())
     }
 
+    /// Which manager leads, by the word of `ask`.
+    ///
+    /// # Errors
+    /// When the API refuses, or nobody leads.
+    pub fn leader(&self, ask: &str) -> Result<String> {
+        let nodes = self.lab.call(ask, "GET", "/nodes", None)?;
+        let leads = |node: &&Value| node["ManagerStatus"]["Leader"] == true;
+        let leader = list(&nodes).iter().find(leads).context("nobody leads")?;
+        field(&leader["Description"], "Hostname")
+    }
+
+    /// Waits until `node ls` on `ask` has this word in a node's row: `Ready`, `Down`, `Reachable`.
+    ///
+    /// # Errors
+    /// When it has not in time.
+    pub fn wait_node(&self, ask: &str, node: &str, word: &str) -> Result<()> {
+        eventually(&format!("{node} to be {word}"), SOON, || {
+            let nodes = self.meshctl(ask, "node ls")?.ok()?;
+            ensure!(row_of(&nodes, node).contains(word), "{nodes}");
+            Ok(())
+        })
+    }
+
     /// All tasks of a service, also past ones, newest first.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
                 cases::cluster::GROUP,
                 cases::service::GROUP,
                 cases::cli::GROUP,
+                cases::node::GROUP,
                 cases::network::GROUP,
                 cases::vip::GROUP,
                 cases::mesh::GROUP,
@@ -59,6 +60,14 @@ fn main() -> ExitCode {
             meshd_args: &[],
             alone: false,
             groups: &[cases::lab::GROUP, cases::join::GROUP],
+        },
+        Plan {
+            name: "five",
+            topology: Topology { managers: 5, workers: 0, mtu: 1500 },
+            cluster: true,
+            meshd_args: &[],
+            alone: true,
+            groups: &[cases::raft::GROUP],
         },
         Plan {
             name: "jumbo",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::group;
-use crate::cluster::{Cluster, SOON, eventually, list, row_of};
+use crate::cluster::{Cluster, SOON, eventually, list};
 
 group!("cluster": ready_in_time, managers_and_one_leader, a_follower_forwards_writes, daemon_killed,
     a_new_leader_after_a_crash);
@@ -57,11 +57,7 @@ fn daemon_killed(c: &Cluster) -> Result<()> {
         c.fetch("client", "http://192.0.2.21:8080/")?;
     }
     c.lab.start("w1")?;
-    eventually("w1 to be ready again", SOON, || {
-        let nodes = c.meshctl("m1", "node ls")?.ok()?;
-        ensure!(row_of(&nodes, "w1").contains("Ready"), "{nodes}");
-        Ok(())
-    })?;
+    c.wait_node("m1", "w1", "Ready")?;
     let after = c.wait_running("web", 5)?;
     let ids =
         |tasks: &[crate::cluster::Task]| tasks.iter().map(|t| t.id.clone()).collect::<Vec<_>>();
@@ -70,12 +66,12 @@ fn daemon_killed(c: &Cluster) -> Result<()> {
 }
 
 fn a_new_leader_after_a_crash(c: &Cluster) -> Result<()> {
-    let leader = leader_of(c, "m1")?;
+    let leader = c.leader("m1")?;
     let other = if leader == "m1" { "m2" } else { "m1" };
     c.lab.crash(&leader)?;
     eventually("another leader", SOON, || {
-        let now = leader_of(c, other)?;
-        ensure!(now != leader && !now.is_empty(), "the leader is {now:?}");
+        let now = c.leader(other)?;
+        ensure!(now != leader, "the leader is {now:?}");
         c.meshctl(other, "network create --driver overlay after")?.ok()
     })?;
     c.lab.start(&leader)?;
@@ -88,10 +84,4 @@ fn a_new_leader_after_a_crash(c: &Cluster) -> Result<()> {
         ensure!(ready == 5, "{ready} are ready");
         Ok(())
     })
-}
-
-fn leader_of(c: &Cluster, asked: &str) -> Result<String> {
-    let nodes = c.lab.call(asked, "GET", "/nodes", None)?;
-    let leader = list(&nodes).iter().find(|n| n["ManagerStatus"]["Leader"] == true);
-    Ok(leader.and_then(|n| n["Description"]["Hostname"].as_str()).unwrap_or_default().to_owned())
 }

@@ -12,7 +12,7 @@ use mesh_lab::DaemonSignal;
 
 use super::group;
 use crate::{
-    cluster::{Cluster, SOON, eventually, list, row_of},
+    cluster::{Cluster, SOON, eventually},
     load::{Load, RATE, Report},
 };
 
@@ -169,11 +169,7 @@ fn a_crashed_worker_gets_no_requests(c: &Cluster) -> Result<()> {
         last.saturating_sub(at)
     );
     ensure!(last < at + Duration::from_secs(1), "{report}");
-    eventually("w1 to be ready again", SOON, || {
-        let nodes = c.meshctl("m1", "node ls")?.ok()?;
-        ensure!(row_of(&nodes, "w1").contains("Ready"), "{nodes}");
-        Ok(())
-    })
+    c.wait_node("m1", "w1", "Ready")
 }
 
 /// Down in the list, and still in every balancer: its data path answers.
@@ -182,11 +178,7 @@ fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
     let before = ids(c, "web")?;
     c.lab.end_daemon("w1", DaemonSignal::Kill)?;
     let report = under_load(c, || {
-        eventually("w1 to be down", SOON, || {
-            let nodes = c.meshctl("m1", "node ls")?.ok()?;
-            ensure!(row_of(&nodes, "w1").contains("Down"), "{nodes}");
-            Ok(())
-        })?;
+        c.wait_node("m1", "w1", "Down")?;
         // Longer than `reschedule-after`, counted from its silence.
         thread::sleep(Duration::from_secs(8));
         Ok(())
@@ -200,24 +192,13 @@ fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
     let last = report.last_answer_of("w1").unwrap_or_default();
     let end = report.requests.last().map(|request| request.start).unwrap_or_default();
     ensure!(end - last < Duration::from_secs(1), "w1 got its last request at {last:?} of {end:?}");
-    eventually("w1 to be ready again", SOON, || {
-        let nodes = c.meshctl("m1", "node ls")?.ok()?;
-        ensure!(row_of(&nodes, "w1").contains("Ready"), "{nodes}");
-        Ok(())
-    })
-}
-
-fn leader(c: &Cluster, ask: &str) -> Result<String> {
-    let nodes = c.lab.call(ask, "GET", "/nodes", None)?;
-    let leads = |node: &&serde_json::Value| node["ManagerStatus"]["Leader"] == true;
-    let leader = list(&nodes).iter().find(leads).context("nobody leads")?;
-    Ok(leader["Description"]["Hostname"].as_str().context("without a name")?.to_owned())
+    c.wait_node("m1", "w1", "Ready")
 }
 
 fn a_new_leader_writes_soon(c: &Cluster) -> Result<()> {
     let mut gaps = Vec::new();
-    for round in 0..3 {
-        let dead = leader(c, "m1")?;
+    for round in 0..5 {
+        let dead = c.leader("m1")?;
         let other = if dead == "m1" { "m2" } else { "m1" };
         c.lab.end_daemon(&dead, DaemonSignal::Kill)?;
         let begin = Instant::now();
@@ -227,15 +208,12 @@ fn a_new_leader_writes_soon(c: &Cluster) -> Result<()> {
         gaps.push(begin.elapsed());
         c.lab.start(&dead)?;
         wrote?;
-        eventually("three managers that follow one", SOON, || {
-            let nodes = c.meshctl(other, "node ls")?.ok()?;
-            ensure!(row_of(&nodes, &dead).contains("Reachable"), "{nodes}");
-            leader(c, "m1").map(drop)
-        })?;
+        c.wait_node(other, &dead, "Reachable")?;
+        eventually("three managers that follow one", SOON, || c.leader("m1"))?;
     }
     gaps.sort();
-    println!("    times without writes: {gaps:?}");
-    ensure!(gaps[1] < Duration::from_secs(2), "{gaps:?}");
+    println!("    times without writes: median {:?}, worst {:?}", gaps[2], gaps[4]);
+    ensure!(gaps[2] < Duration::from_secs(2), "{gaps:?}");
     Ok(())
 }
 
@@ -250,6 +228,8 @@ fn a_minority_refuses_writes(c: &Cluster) -> Result<()> {
     });
     let gap = begin.elapsed();
     let refused = eventually("a refusal by the minority", SOON, || {
+        // What it has may be old: it shows nothing either.
+        c.meshctl("m1", "network ls")?.refused(&["leader"])?;
         c.meshctl("m1", "network create --driver overlay minority")?.refused(&["leader"])
     });
     let through = c.fetch("client", "http://192.0.2.11:8080/");
