@@ -93,8 +93,8 @@ impl Placed {
     }
 }
 
-/// Calls and answers that are not placed yet, as a list in the order of their times. An operation may
-/// come next if its call is before the first answer in the list.
+/// Calls and answers that are not placed yet, as a list in the order of their times. An operation
+/// may come next if its call is before the first answer in the list.
 struct Search<'a, V> {
     operations: &'a [&'a Operation<V>],
     events: Vec<Event>,

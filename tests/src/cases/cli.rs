@@ -151,14 +151,21 @@ fn both_roll_back(c: &Cluster) -> Result<()> {
     c.docker("m1", "service rollback web")?.refused(&["does not have a previous spec"])?;
     let said = docker(c, "service update --env-add A=2 web")?;
     ensure!(said.contains("converged"), "{said}");
-    ensure!(shown()? == (r#"["A=2"]"#.into(), "completed".into()), "{:?}", shown()?);
+    eventually("the end of the update", SOON, || {
+        ensure!(shown()? == (r#"["A=2"]"#.into(), "completed".into()), "{:?}", shown()?);
+        Ok(())
+    })?;
     for (ours, env) in [(true, r#"["A=1"]"#), (false, r#"["A=2"]"#)] {
         let line = "service rollback web";
         let said = if ours { c.meshctl("m2", line)? } else { c.docker("m2", line)? }.ok()?;
         for words in ["rollback: manually requested rollback", "converged"] {
             ensure!(said.contains(words), "no word of {words:?}: {said}");
         }
-        ensure!(shown()? == (env.into(), "rollback_completed".into()), "{:?}", shown()?);
+        // The stock client looks at the tasks alone.
+        eventually("the end of the rollback", SOON, || {
+            ensure!(shown()? == (env.into(), "rollback_completed".into()), "{:?}", shown()?);
+            Ok(())
+        })?;
         for task in c.wait_running("web", 2)? {
             let value = c.task_sh(&task.name, "echo $A")?;
             ensure!(env.contains(&format!("A={value}")), "{}: A is {value}", task.name);

@@ -167,8 +167,8 @@ impl Agent {
     }
 }
 
-/// Passes on whether there are managers: at once when they are lost or back, late that they are away.
-/// Before the first of them is reached, as after a start, none is lost.
+/// Passes on whether there are managers: at once when they are lost or back, late that they are
+/// away. Before the first of them is reached, as after a start, none is lost.
 async fn tell_managers(
     mut managed: watch::Receiver<bool>,
     inputs: mpsc::WeakUnboundedSender<Input>,

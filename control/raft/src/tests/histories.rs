@@ -43,8 +43,8 @@ const CLIENTS: u64 = 5;
 const RECOVERY: Duration = Duration::from_secs(60);
 const LABEL: &str = "register";
 
-/// Somewhat hastier than the usual ones. Much more would be a test of the machine: an election never
-/// ends where threads wait longer for their turn than voters for their leader.
+/// Somewhat hastier than the usual ones. Much more would be a test of the machine: an election
+/// never ends where threads wait longer for their turn than voters for their leader.
 const TIMERS: Timers = Timers {
     heartbeat: Duration::from_millis(100),
     election_min: Duration::from_millis(250),
