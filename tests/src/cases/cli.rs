@@ -139,8 +139,8 @@ fn both_show_the_same(c: &Cluster) -> Result<()> {
 
 /// Each says what it does, and takes back what the last update did: here each other's.
 fn both_roll_back(c: &Cluster) -> Result<()> {
-    let policy = "--update-parallelism 0 --update-monitor 500ms --rollback-parallelism 0 \
-                  --rollback-monitor 500ms";
+    let policy = "--update-parallelism 0 --update-monitor 1s --rollback-parallelism 0 \
+                  --rollback-monitor 1s";
     c.service(&format!("--name web --replicas 2 --env A=1 {policy}"), crate::cluster::WHOAMI)?;
     let shown = || -> Result<(String, String)> {
         let service = c.api("GET", "/services/web")?;
@@ -149,8 +149,7 @@ fn both_roll_back(c: &Cluster) -> Result<()> {
     };
     c.meshctl("m1", "service rollback web")?.refused(&["does not have a previous spec"])?;
     c.docker("m1", "service rollback web")?.refused(&["does not have a previous spec"])?;
-    let said = docker(c, "service update --env-add A=2 web")?;
-    ensure!(said.contains("converged"), "{said}");
+    docker(c, "service update --env-add A=2 web")?;
     eventually("the end of the update", SOON, || {
         ensure!(shown()? == (r#"["A=2"]"#.into(), "completed".into()), "{:?}", shown()?);
         Ok(())
@@ -158,10 +157,9 @@ fn both_roll_back(c: &Cluster) -> Result<()> {
     for (ours, env) in [(true, r#"["A=1"]"#), (false, r#"["A=2"]"#)] {
         let line = "service rollback web";
         let said = if ours { c.meshctl("m2", line)? } else { c.docker("m2", line)? }.ok()?;
-        for words in ["rollback: manually requested rollback", "converged"] {
-            ensure!(said.contains(words), "no word of {words:?}: {said}");
-        }
-        // The stock client looks at the tasks alone.
+        ensure!(said.contains("rollback: manually requested rollback"), "{said}");
+        // The stock client is silent where the manager finds it first, and may be done before.
+        ensure!(said.contains("converged") || !ours, "{said}");
         eventually("the end of the rollback", SOON, || {
             ensure!(shown()? == (env.into(), "rollback_completed".into()), "{:?}", shown()?);
             Ok(())

@@ -33,11 +33,11 @@ use super::net::{Net, Weather, address, number};
 use crate::{ProposeError, Raft, Timers};
 
 /// Seeds of the usual run; `MESH_RAFT_SEEDS=7` or `=0-99` names others.
-const SEEDS: std::ops::Range<u64> = 0..24;
+const SEEDS: std::ops::Range<u64> = 0..20;
 /// Groups at a time.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 10;
 /// How long faults go on.
-const TROUBLE: Duration = Duration::from_secs(5);
+const TROUBLE: Duration = Duration::from_secs(4);
 const CLIENTS: u64 = 5;
 /// How long a healed group may take to serve on all nodes again, on a busy machine.
 const RECOVERY: Duration = Duration::from_secs(60);
