@@ -54,6 +54,28 @@ impl Dice {
 /// Some seconds' worth, unoptimised.
 const SEEDS: u64 = 200;
 
+/// `MESH_SIM_SEEDS` seeds from `MESH_SIM_SEED` on, if they are set.
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let variable = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let first = variable("MESH_SIM_SEED").unwrap_or(0);
+    first..first + variable("MESH_SIM_SEEDS").unwrap_or(usual)
+}
+
+/// Says how to see a seed again, if its run panics.
+struct Replay(u64);
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let Self(seed) = self;
+            eprintln!(
+                "seed {seed} fails; again: MESH_SIM_SEED={seed} MESH_SIM_SEEDS=1 \
+                 cargo test --workspace --lib -- sim::"
+            );
+        }
+    }
+}
+
 struct Sim {
     bench: Bench,
     dice: Dice,
@@ -498,7 +520,8 @@ impl Follow {
 
 #[test]
 fn random_histories_keep_the_promises_and_converge() {
-    for seed in 0..SEEDS {
+    for seed in seeds(SEEDS) {
+        let _replay = Replay(seed);
         let mut sim = Sim::new(seed);
         let steps = 60 + sim.dice.below(120);
         for _ in 0..steps {
@@ -523,7 +546,8 @@ fn serving(bench: &Bench, id: ServiceId) -> usize {
 
 #[test]
 fn updates_and_drains_take_no_more_away_than_they_may() {
-    for seed in 0..SEEDS / 5 {
+    for seed in seeds(SEEDS / 5) {
+        let _replay = Replay(seed);
         let mut dice = Dice(seed);
         let mut bench = Bench::with_nodes(4);
         let replicas = 1 + dice.below(6);

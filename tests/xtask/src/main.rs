@@ -3,6 +3,7 @@
 
 mod demo;
 mod ebpf;
+mod nightly;
 mod peer;
 mod setup;
 mod shell;
@@ -44,6 +45,20 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run the simulations with many more seeds than `test` has time for
+    ///
+    /// Gossip and store run all seeds, one process per core; raft, whose clock is the real one, a
+    /// tenth of them. A seed that fails is printed with the command that runs it again.
+    Nightly {
+        /// How many seeds
+        #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+        seeds: u64,
+        /// The first of them
+        #[arg(long, default_value_t = 1)]
+        first: u64,
+        /// Only one simulation: gossip, store or raft
+        name: Option<String>,
+    },
     /// Rebuild the BPF object with the pinned tools
     Ebpf {
         /// Fail if the committed object is not what the source gives, and change nothing
@@ -62,6 +77,9 @@ fn main() -> Result<()> {
         Command::Demo { keep } => demo::run(keep),
         Command::Test { filter, no_vm } => test::run(filter.as_deref(), !no_vm),
         Command::Bench { name, arguments } => test::bench(&name, &arguments),
+        Command::Nightly { seeds, first, name } => {
+            nightly::run(&(first..first.saturating_add(seeds)), name.as_deref())
+        }
         Command::Ebpf { check } => ebpf::run(check),
         Command::Setup => setup::install(setup::ALL),
     }
