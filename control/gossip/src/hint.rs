@@ -1,4 +1,4 @@
-//! Hints: what a node says before the store does, of its endpoints and of the nodes that it watches.
+//! Hints: what a node says before the store does, of its endpoints and of nodes that it watches.
 //!
 //! A hint withdraws or restores a record that its receiver already has from the store; without one
 //! it means nothing, so a false or late hint never makes an endpoint. Who said it is the word of

@@ -3,8 +3,9 @@
 //!
 //! It owns no socket and no clock: bytes and the time come in through `handle_*`, datagrams and
 //! events leave through `poll_*`. It says which daemons answer, and passes on what nodes say of
-//! their endpoints and of each other's data paths ([`hint`], [`probe`]); it never says where an endpoint is (that truth is the store's
-//! alone). Who may be a member is the store's word too: [`Gossip::set_members`].
+//! their endpoints and of each other's data paths ([`hint`], [`probe`]); it never says where an
+//! endpoint is (that truth is the store's alone). Who may be a member is the store's word too:
+//! [`Gossip::set_members`].
 //!
 //! Nothing depends on a datagram arriving: now and then each member compares all that it knows with
 //! another, over a stream ([`Gossip::poll_sync`]).

@@ -1,15 +1,15 @@
 //! Data-path probes: is a peer's tunnel end reachable, whatever its daemon does?
 //!
 //! Every 100 ms each peer gets a datagram through the tunnel's port, which the peer's BPF program
-//! reflects without its daemon. [`Probes`] judges the answers. A peer that stays silent is withdrawn
-//! from balancing here; the first answer restores it, unless its link flaps: then it must answer
-//! without a gap for longer and longer.
+//! reflects without its daemon. [`Probes`] judges the answers. A peer that stays silent is
+//! withdrawn from balancing here; the first answer restores it, unless its link flaps: then it must
+//! answer without a gap for longer and longer.
 //!
-//! In a large cluster only some nodes watch each: the first by rendezvous hashing, so that everybody
-//! knows who. What they find is passed on ([`Gossip::set_silent`]), and is a reason to look, never
-//! proof: once enough of a peer's own watchers call it silent, every node probes it too, and believes
-//! the answers that it gets or lacks itself. So a node that lies, or sees badly, in its own name or in
-//! others', takes nobody out of balancing anywhere but at home.
+//! In a large cluster only some nodes watch each: the first by rendezvous hashing, so that all know
+//! who. What they find is passed on ([`Gossip::set_silent`]), and is a reason to look, never proof:
+//! once enough of a peer's own watchers call it silent, every node probes it too, and believes the
+//! answers that it gets or lacks itself. So a node that lies, or sees badly, in its own name or in
+//! that of others, takes nobody out of balancing anywhere but at home.
 //!
 //! [`Gossip::set_silent`]: crate::Gossip::set_silent
 
@@ -124,8 +124,8 @@ impl Probes {
         self.settle(now);
     }
 
-    /// Whom others call silent, and who does. Only the word of a peer's own watchers counts. Whether
-    /// there is somebody to probe for it now who was not before.
+    /// Whom others call silent, and who does. Only the word of a peer's own watchers counts. Says
+    /// whether there is somebody to probe for it now who was not before.
     pub fn set_accused(
         &mut self,
         now: Duration,
@@ -250,8 +250,8 @@ impl Peer {
         SILENCE + self.round_trip
     }
 
-    /// Whether it is probed whatever others say now: a silent one is not restored by their word, and
-    /// whether a link flaps is seen by those alone who go on looking.
+    /// Whether it is probed whatever others say now: a silent one is not restored by their word,
+    /// and whether a link flaps is seen by those alone who go on looking.
     fn stays(&self, now: Duration) -> bool {
         let lately = self.failed.is_some_and(|at| now.saturating_sub(at) < FLAPS_WITHIN);
         self.watched || self.withdrawn || lately

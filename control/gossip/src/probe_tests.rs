@@ -1,3 +1,5 @@
+//! What the probes must and must not believe.
+
 use proptest::prelude::*;
 
 use super::*;

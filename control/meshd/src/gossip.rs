@@ -31,11 +31,11 @@ pub const GOSSIP_PORT: u16 = 7946;
 /// Events that a slow reader may be behind; it loses the oldest, never [`Shell::members`].
 const EVENTS: usize = 256;
 
-/// Calls to compare notes that are made at a time, and as many that are answered: each may carry all
-/// that a large cluster knows.
+/// Calls to compare notes that are made at a time, and as many that are answered: each may carry
+/// all that a large cluster knows.
 const AT_ONCE: usize = 8;
 
-/// By whom, to whom: who is said to be silent, and by which members.
+/// Who is said to be silent, and by which members.
 pub type Accusations = BTreeMap<NodeNumber, BTreeSet<NodeNumber>>;
 
 /// Calls other members to compare notes with them.
@@ -134,8 +134,8 @@ impl Answers {
         Ok(answer.into())
     }
 
-    /// Counters by name: calls of this node that were answered, those that were not, calls of others
-    /// that it answered; and how many members there are beside it now.
+    /// Counters by name: calls of this node that were answered, those that were not, and calls of
+    /// others that it answered; and how many members there are beside it now.
     #[must_use]
     pub fn counters(&self) -> [(&'static str, u64); 4] {
         let Compared { calls, failures, answers } = &*self.compared;

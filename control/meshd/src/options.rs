@@ -52,7 +52,7 @@ pub struct Options {
     /// For tests of slow nodes: the kernel hears of every change this many milliseconds late.
     #[arg(long, hide = true, default_value_t = 0, value_name = "MS")]
     pub fault_apply_late: u64,
-    /// For tests of large clusters: so many nodes alone probe each data path, however few there are.
+    /// For tests of large clusters: so many nodes alone probe each data path, however few exist.
     #[arg(long, hide = true, default_value_t = 0, value_name = "N")]
     pub fault_watchers: usize,
     /// Log filter: error, warn, info, debug, trace, or per module (`meshd=debug`).
