@@ -202,7 +202,7 @@ pub(crate) fn put_first(name: &str) -> Result<()> {
         let is = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
         if is.trim() == name {
             let id = thread.file_name();
-            let renice = Command::new("renice").args(["-n", "-15", "-p"]).arg(id).output();
+            let renice = Command::new("renice").args(["-n", "-5", "-p"]).arg(id).output();
             let done = renice.context("run renice")?;
             ensure!(done.status.success(), "renice: {}", String::from_utf8_lossy(&done.stderr));
         }
@@ -229,12 +229,19 @@ pub(crate) fn kill(lab: &Lab, node: &str) -> Result<Instant> {
     Ok(begin)
 }
 
+/// By then every balancer must long have noticed that somebody is away, and tasks do not move yet.
+pub(crate) const NOTICED: Duration = Duration::from_secs(10);
+
 /// How long after `at` the last request began that went where nobody is: it failed, or its first
-/// packet was lost, which takes a client a second to notice. Some of them are told.
+/// packet was lost, which takes a client a second to notice. Some of them are told. What begins
+/// after [`NOTICED`] has other reasons.
 pub(crate) fn last_astray(report: &Report, at: Duration) -> Duration {
     const RETRY: Duration = Duration::from_millis(900);
     const TOLD_MAX: usize = 5;
-    let astray = |request: &&Request| request.outcome != Outcome::Ok || request.latency > RETRY;
+    let astray = |request: &&Request| {
+        let lost = request.outcome != Outcome::Ok || request.latency > RETRY;
+        lost && request.start < at + NOTICED
+    };
     let astray: Vec<_> = report.requests.iter().filter(astray).collect();
     for request in astray.iter().rev().take(TOLD_MAX).rev() {
         let after = request.start.as_secs_f64() - at.as_secs_f64();

@@ -17,7 +17,7 @@ use nix::{
 use serde_json::json;
 
 use super::{
-    bed::{Bed, REPLICAS, and_back, kill, last_astray, pause},
+    bed::{Bed, NOTICED, REPLICAS, and_back, kill, last_astray, pause},
     figure::Figure,
 };
 use crate::asks::{Asks, Question};
@@ -109,10 +109,14 @@ pub(super) fn worker_crashed(bed: &Bed) -> Result<Vec<Figure>> {
         pause();
         Ok(replaced)
     })?;
+    pause();
     let report = load.stop()?;
+    let later = report.failed.iter().filter(|request| request.start > at + NOTICED).count();
     Ok(vec![
         Figure::time("no request goes there", last_astray(&report, at)).at_most(1.0),
         failed(&report),
+        Figure::count("requests failed later, as tasks moved", later, report.requests.len())
+            .at_most(0.0),
         Figure::time("replicas back", replaced),
     ])
 }

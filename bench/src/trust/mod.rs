@@ -7,7 +7,7 @@ mod failures;
 mod figure;
 mod upkeep;
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{fs, path::PathBuf, thread, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -113,7 +113,7 @@ pub(crate) fn run(options: &Trust) -> Result<()> {
     };
     let bed = Bed::of(Lab::up(&name, up, &|step| eprintln!("{step}"))?);
     bed.furnish()?;
-    let begin = Instant::now();
+    let (begin, before) = (Instant::now(), load_average());
     let (mut table, mut broken) = (Table::default(), Vec::new());
     for round in 1..=options.rounds {
         let last = round == options.rounds;
@@ -134,24 +134,42 @@ pub(crate) fn run(options: &Trust) -> Result<()> {
         }
     }
     let minutes = begin.elapsed().as_secs_f64() / 60.0;
-    let text = render(options.rounds, minutes, &table, &broken);
+    let conditions = format!(
+        "{} cores, Linux {}; load average {before} before the first round, {} after the last",
+        thread::available_parallelism().map_or(0, usize::from),
+        fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        load_average(),
+    );
+    let text = render(options.rounds, minutes, &conditions, &table, &broken);
     print!("{text}");
     fs::create_dir_all(&options.out).context("make the directory of results")?;
     fs::write(options.out.join("trust.md"), text).context("write trust.md")?;
-    let record = json!({ "rounds": options.rounds, "rows": table, "broken": broken });
+    let record = json!({ "conditions": conditions, "rounds": options.rounds, "rows": table, "broken": broken });
     let record = serde_json::to_string_pretty(&record)? + "\n";
     fs::write(options.out.join("trust.json"), record).context("write trust.json")
 }
 
-fn render(rounds: usize, minutes: f64, table: &Table, broken: &[String]) -> String {
+/// Of the last minute: what else was at work on the machine is part of the figures.
+fn load_average() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+fn render(
+    rounds: usize,
+    minutes: f64,
+    conditions: &str,
+    table: &Table,
+    broken: &[String],
+) -> String {
     let missed = match table.missed() {
         0 => "All targets are met.".to_owned(),
         missed => format!("{missed} targets are missed."),
     };
     let mut text = format!(
         "# What is felt when something fails\n\n\
-         Medians and worsts of {rounds} rounds, {minutes:.0} minutes in one run, in a lab of three \
-         managers and two workers. Load: 300 new connections a second from the client outside, \
+         Medians and worsts of {rounds} rounds, {minutes:.0} minutes in one run ({conditions}), in a lab \
+         of three managers and two workers. Load: 300 new connections a second from the client outside, \
          through all nodes in turn (past a node that is taken away whole), to a service of \
          {REPLICAS} tasks, one on each node; 100 pings and 100 look-ups a second from a task. \
          *No request goes there*: the last one that failed, or whose first packet was lost, began \

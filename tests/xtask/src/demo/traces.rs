@@ -41,9 +41,26 @@ impl Traces {
         Ok(Self(lines))
     }
 
+    /// What is here and was not there before, but for what belongs to labs of others: they come
+    /// and go as they please.
     pub(super) fn beyond(&self, before: &Self) -> Vec<String> {
-        self.0.difference(&before.0).cloned().collect()
+        let others = other_labs();
+        let ours = |line: &&String| !others.iter().any(|lab| is_of(line, lab));
+        self.0.difference(&before.0).filter(ours).cloned().collect()
     }
+}
+
+/// Labs that are up beside the demo's.
+fn other_labs() -> Vec<String> {
+    let Ok(entries) = fs::read_dir("/run/mesh-lab") else { return Vec::new() };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| name != LAB).collect()
+}
+
+/// Whether a line names something of a lab: a path below its name, or its namespaces, `LAB-NODE`.
+fn is_of(line: &str, lab: &str) -> bool {
+    line.split(['/', ' '])
+        .any(|part| part == lab || part.strip_prefix(lab).is_some_and(|rest| rest.starts_with('-')))
 }
 
 fn first_word(line: &str) -> String {
@@ -69,4 +86,22 @@ fn processes() -> Result<Vec<String>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of;
+
+    #[test]
+    fn what_belongs_to_another_lab_is_told_by_its_name() {
+        for line in [
+            "directory /sys/fs/bpf/mesh/mine/m1/v1",
+            "namespace mine-w1",
+            "mount /run/netns/mine-m1",
+        ] {
+            assert!(is_of(line, "mine"), "{line}");
+            assert!(!is_of(line, "min"), "{line}");
+            assert!(!is_of(line, "demo"), "{line}");
+        }
+    }
 }
