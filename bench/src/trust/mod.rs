@@ -144,7 +144,12 @@ pub(crate) fn run(options: &Trust) -> Result<()> {
     print!("{text}");
     fs::create_dir_all(&options.out).context("make the directory of results")?;
     fs::write(options.out.join("trust.md"), text).context("write trust.md")?;
-    let record = json!({ "conditions": conditions, "rounds": options.rounds, "rows": table, "broken": broken });
+    let record = json!({
+        "conditions": conditions,
+        "rounds": options.rounds,
+        "rows": table,
+        "broken": broken,
+    });
     let record = serde_json::to_string_pretty(&record)? + "\n";
     fs::write(options.out.join("trust.json"), record).context("write trust.json")
 }
@@ -168,12 +173,12 @@ fn render(
     };
     let mut text = format!(
         "# What is felt when something fails\n\n\
-         Medians and worsts of {rounds} rounds, {minutes:.0} minutes in one run ({conditions}), in a lab \
-         of three managers and two workers. Load: 300 new connections a second from the client outside, \
-         through all nodes in turn (past a node that is taken away whole), to a service of \
-         {REPLICAS} tasks, one on each node; 100 pings and 100 look-ups a second from a task. \
-         *No request goes there*: the last one that failed, or whose first packet was lost, began \
-         so long after. {missed}\n\n{}",
+         Medians and worsts of {rounds} rounds, {minutes:.0} minutes in one run ({conditions}), \
+         in a lab of three managers and two workers. Load: 300 new connections a second from \
+         the client outside, through all nodes in turn (past a node that is taken away whole), \
+         to a service of {REPLICAS} tasks, one on each node; 100 pings and 100 look-ups a second \
+         from a task. *No request goes there*: the last one that failed, or whose first packet \
+         was lost, began so long after. {missed}\n\n{}",
         table.markdown()
     );
     for e in broken {
