@@ -132,12 +132,13 @@ fn a_dead_node_is_out_everywhere_in_about_a_second_though_few_watch_it() {
         assert!(most <= Duration::from_millis(800), "99 % after {most:?}");
         assert!(all <= SEC, "all after {all:?}");
         assert!(back <= SEC, "back after {back:?}");
-        // Nobody else was ever out, and all look at the one that was, for a while.
+        // All look at the one that was out for a while.
         watch.run(SEC);
         let before = watch.sent;
         watch.run(SEC);
         assert!((watch.sent - before) / NODES as u64 <= per_node + 11);
-        assert!((1..=NODES as u64).all(|n| watch.without(n) == 0));
+        // Three lost probes in a row are one watcher's own mistake, for a moment, and no other's.
+        assert!((1..=NODES as u64).all(|n| watch.without(n) <= 1));
     }
 }
 
