@@ -2,8 +2,8 @@
 //! at one moment between its call and its answer: linearizability.
 //!
 //! [`Recorder`] takes down what clients do, [`check`] judges it, by the search of Wing and Gong
-//! with Lowe's memory of where it has been. A cluster with several registers is linearizable if each
-//! of them is, so every register has a history of its own.
+//! with Lowe's memory of where it has been. A cluster with several registers is linearizable if
+//! each of them is, so every register has a history of its own.
 
 #![forbid(unsafe_code)]
 
