@@ -195,7 +195,17 @@ fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
     c.wait_node("m1", "w1", "Ready")
 }
 
+/// Managers vote a moment after they joined. Only their leader knows who does.
+fn three_vote(c: &Cluster) -> Result<()> {
+    eventually("three voters", SOON, || {
+        let nodes = c.meshctl(&c.leader("m1")?, "node ls")?.ok()?;
+        ensure!(nodes.matches("Reachable").count() == 2, "{nodes}");
+        Ok(())
+    })
+}
+
 fn a_new_leader_writes_soon(c: &Cluster) -> Result<()> {
+    three_vote(c)?;
     let mut gaps = Vec::new();
     for round in 0..5 {
         let dead = c.leader("m1")?;
@@ -219,6 +229,7 @@ fn a_new_leader_writes_soon(c: &Cluster) -> Result<()> {
 
 /// A minority refuses writes with a reason; packets flow.
 fn a_minority_refuses_writes(c: &Cluster) -> Result<()> {
+    three_vote(c)?;
     c.web(&format!("--replicas 5 {WEB}"))?;
     let groups = [vec!["m1".to_owned()], ["m2", "m3", "w1", "w2"].map(str::to_owned).to_vec()];
     c.lab.partition(&groups, false)?;
