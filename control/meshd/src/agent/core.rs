@@ -493,18 +493,24 @@ impl Task {
     fn looked(&mut self, now_ms: u64, sockets: &Sockets, took: Duration) {
         let looks = self.draining.as_mut().or(self.opening.as_mut());
         let Some(looks) = looks.filter(|_| self.process == Process::Running) else { return };
-        looks.any = true;
+        let first = !std::mem::replace(&mut looks.any, true);
+        let before = looks.waited;
         looks.waited = looks.waited.saturating_add(took);
+        // Each status is written to disk here, and to the log of all managers.
+        let tell = first || before.as_secs() != looks.waited.as_secs();
         if self.draining.is_some() {
-            self.looked_draining(now_ms, sockets.open());
+            self.looked_draining(now_ms, sockets.open(), tell);
         } else {
             self.looked_opening(now_ms, sockets);
         }
     }
 
-    fn looked_draining(&mut self, now_ms: u64, open: usize) {
+    fn looked_draining(&mut self, now_ms: u64, open: usize, tell: bool) {
         let Some(looks) = &mut self.draining else { return };
         looks.quiet = if open == 0 { looks.quiet.saturating_add(1) } else { 0 };
+        if !tell {
+            return;
+        }
         let message = match open {
             0 => "draining: no connection open".to_owned(),
             1 => "draining: 1 connection open".to_owned(),

@@ -425,6 +425,26 @@ fn draining_has_an_end() {
     single.assert_status(TaskState::Shutdown, "shutdown", "");
 }
 
+/// A busy server has another number of connections at each look.
+#[test]
+fn draining_is_told_once_a_second() {
+    let mut single = running_server();
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 10_000)]);
+    let mut told = Vec::new();
+    for open in 1..=30 {
+        single.step("look", saw(&[TCP], open));
+        let message = single.status().message;
+        if told.last() != Some(&message) {
+            told.push(message);
+        }
+    }
+    let counts = [1, 10, 20, 30].map(|open| match open {
+        1 => "draining: 1 connection open".to_owned(),
+        _ => format!("draining: {open} connections open"),
+    });
+    assert_eq!(told, counts);
+}
+
 #[test]
 fn a_restart_while_draining_drains_anew_with_its_interfaces() {
     let mut single = running_server();
