@@ -42,6 +42,8 @@ pub(crate) struct Liveness {
     /// When somebody's probe last reached its data path.
     reached: BTreeMap<NodeId, Duration>,
     pulse: Option<Duration>,
+    /// Since when it listens: from what was heard before, silence says nothing.
+    since: Option<Duration>,
 }
 
 impl Liveness {
@@ -50,6 +52,7 @@ impl Liveness {
     pub(crate) fn pulse(&mut self, now: Duration) {
         let before = self.pulse.replace(now);
         if before.is_some_and(|before| now.saturating_sub(before) > SLEPT) {
+            self.since = Some(now);
             let at = now.saturating_sub(UNHEARD);
             for heard in self.heard.values_mut().chain(self.reached.values_mut()) {
                 *heard = (*heard).max(at);
@@ -75,8 +78,12 @@ impl Liveness {
         recent(&self.reached, now, window)
     }
 
-    /// Nodes not heard for two seconds: nobody waits for their acknowledgements.
+    /// Nodes not heard for two seconds: nobody waits for their acknowledgements. A new leader waits
+    /// for all at first: it hears most of them through other managers, and only from now on.
     pub(crate) fn silent(&self, store: &Store, now: Duration) -> BTreeSet<NodeId> {
+        if self.since.is_some_and(|since| now.saturating_sub(since) < SILENT) {
+            return BTreeSet::new();
+        }
         let heard = self.recent(now, SILENT).into_iter().collect();
         store.nodes.keys().copied().collect::<BTreeSet<_>>().difference(&heard).copied().collect()
     }
@@ -88,6 +95,7 @@ impl Liveness {
 
     /// This manager became the leader: everybody starts afresh.
     pub(crate) fn lead(&mut self, store: &Store, now: Duration) {
+        self.since = Some(now);
         let at = now.saturating_sub(UNHEARD);
         for node in store.nodes.keys() {
             for seen in [&mut self.heard, &mut self.reached] {
@@ -243,6 +251,18 @@ mod tests {
         liveness.heard(NODE, at(56));
         assert_eq!(watch(&mut liveness, &mut store, 56..57), [NodeState::Ready]);
         assert!(!lost(&store));
+    }
+
+    #[test]
+    fn a_new_leader_waits_for_acknowledgements_of_nodes_that_others_hear() {
+        let (mut liveness, store) = (Liveness::default(), store());
+        liveness.lead(&store, at(0));
+        assert_eq!(liveness.silent(&store, at(0)), BTreeSet::new());
+        assert_eq!(liveness.silent(&store, at(1)), BTreeSet::new());
+        // Nobody passed on that it was heard.
+        assert_eq!(liveness.silent(&store, at(2)), BTreeSet::from([NODE]));
+        liveness.heard(NODE, at(3));
+        assert_eq!(liveness.silent(&store, at(4)), BTreeSet::new());
     }
 
     #[test]
