@@ -11,7 +11,7 @@ use super::group;
 use crate::cluster::{Cluster, Ran, SOON, WHOAMI, eventually, field, row_of};
 
 group!("node": constraints_choose_nodes, a_paused_node_takes_no_more, a_node_leaves_and_comes_back,
-    workers_go_on_without_managers);
+    workers_go_on_without_managers, workers_go_on_without_a_majority);
 
 /// Where the tasks of a service run, once `count` do.
 fn places(c: &Cluster, service: &str, count: usize) -> Result<BTreeSet<String>> {
@@ -131,16 +131,40 @@ fn a_node_leaves_and_comes_back(c: &Cluster) -> Result<()> {
     eventually("an answer by w2", SOON, || c.fetch("client", "http://192.0.2.22:8080/")).map(drop)
 }
 
+fn workers_go_on_without_managers(c: &Cluster) -> Result<()> {
+    goes_on_without(c, &["m1", "m2", "m3"], || Ok(()))
+}
+
+/// One that is left answers, and decides nothing.
+fn workers_go_on_without_a_majority(c: &Cluster) -> Result<()> {
+    let log = c.lab.places().log("w1");
+    let alone = || -> Result<usize> {
+        let log = std::fs::read_to_string(&log).context("read a log")?;
+        Ok(log.matches("no manager decides").count())
+    };
+    let before = alone()?;
+    goes_on_without(c, &["m2", "m3"], || {
+        // What ends before is told to the one that is left, who may yet have it done.
+        eventually("w1 to know", SOON, || {
+            ensure!(alone()? > before, "it takes the manager for one that decides");
+            Ok(())
+        })
+    })
+}
+
 /// Names resolve, requests are answered, what fails is started again; and the managers that come
 /// back find all of it as it is.
-fn workers_go_on_without_managers(c: &Cluster) -> Result<()> {
+fn goes_on_without(
+    c: &Cluster,
+    managers: &[&str],
+    known: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     c.web("--mode global --constraint node.hostname==w1 --publish 8080:80 --restart-delay 100ms")?;
     let before = c.wait_running("web", 1)?.pop().context("no task")?;
     let port = "http://192.0.2.21:8080/";
     eventually("an answer", SOON, || c.fetch("client", port))?;
     let inspect = c.api("GET", &format!("/tasks/{}", before.id))?;
     let pid = inspect["Status"]["ContainerStatus"]["PID"].as_u64().context("no pid")?.to_string();
-    let managers = ["m1", "m2", "m3"];
     for manager in managers {
         c.lab.end_daemon(manager, DaemonSignal::Kill)?;
     }
@@ -149,6 +173,7 @@ fn workers_go_on_without_managers(c: &Cluster) -> Result<()> {
         let found = c.on("w1", &looked)?.ok()?;
         let address = before.addresses.get("app").context("it is not on app")?;
         ensure!(found.contains(address), "tasks.web is {found}, not {address}");
+        known()?;
         c.on("w1", &["kill", "-KILL", &pid])?.ok()?;
         eventually("it to be started again", SOON, || {
             ensure!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "{pid} lives");

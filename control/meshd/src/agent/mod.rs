@@ -189,9 +189,13 @@ async fn tell_managers(
         match back.await.map(|back| back.is_ok()) {
             Ok(true) => {}
             Ok(false) => return,
-            Err(_) if !tell(Managers::Away) => return,
-            Err(_) if managed.wait_for(|managed| *managed).await.is_err() => return,
-            Err(_) => {}
+            Err(_) => {
+                tracing::info!("no manager decides: tasks that end are started again here");
+                if !tell(Managers::Away) || managed.wait_for(|managed| *managed).await.is_err() {
+                    return;
+                }
+                tracing::info!("managers decide again about tasks that end");
+            }
         }
         reached = true;
         if !tell(Managers::There) {
@@ -201,8 +205,8 @@ async fn tell_managers(
 }
 
 impl AgentHandle {
-    /// Whether this node has a session with a manager. When it had none for a while, tasks that end
-    /// are started again here, as their services say, until there is one.
+    /// Whether this node has a session with a manager that follows a leader. When it had none for a
+    /// while, tasks that end are started again here, as their services say, until there is one.
     pub fn set_managed(&self, managed: bool) {
         self.managed.send_if_modified(|old| std::mem::replace(old, managed) != managed);
     }

@@ -239,7 +239,8 @@ impl Feed {
         let view = manager.view(self.node, self.revision, &self.held)?;
         self.revision = view.delta.to;
         self.held.clone_from(&view.delta.scopes);
-        let mut update = NodeUpdate { delta: view.delta, ..NodeUpdate::default() };
+        let undecided = !manager.raft.leadership().borrow().has_quorum;
+        let mut update = NodeUpdate { delta: view.delta, undecided, ..NodeUpdate::default() };
         if view.assignments.is_some() && self.assignments != view.assignments {
             update.assignments.clone_from(&view.assignments);
             self.assignments = view.assignments;

@@ -122,13 +122,15 @@ impl Session {
         let reports = tokio::spawn(async move { reporter.run().await });
         let _abort = AbortOnDrop(reports.abort_handle());
         tracing::info!(%manager, "session");
-        self.agent.set_managed(true);
         loop {
             let update = tokio::time::timeout(SILENCE, updates.next())
                 .await
                 .context("the manager is silent")??;
             let Some(update) = update else { return Ok(()) };
+            // One that follows nobody can replace nothing that ends here.
+            let managed = !update.undecided;
             self.apply(update);
+            self.agent.set_managed(managed);
             if reports.is_finished() {
                 return reports.await.context("reporting")?;
             }
@@ -137,7 +139,7 @@ impl Session {
 
     /// Records first: the agent waits for those of its tasks' networks.
     fn apply(&self, update: NodeUpdate) {
-        let NodeUpdate { delta, assignments, managers, gossip_key, data_path_port } = update;
+        let NodeUpdate { delta, assignments, managers, gossip_key, data_path_port, .. } = update;
         self.apply_records(delta);
         if let Some(assignments) = assignments {
             self.agent.assign(assignments);

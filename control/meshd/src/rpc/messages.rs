@@ -108,6 +108,9 @@ pub struct NodeUpdate {
     pub gossip_key: Option<[u8; 32]>,
     /// VXLAN's UDP port.
     pub data_path_port: Option<u16>,
+    /// The manager knows no leader with a majority behind it: nobody decides anything now.
+    #[serde(default)]
+    pub undecided: bool,
 }
 
 impl std::fmt::Debug for NodeUpdate {
@@ -117,6 +120,7 @@ impl std::fmt::Debug for NodeUpdate {
             .field("delta", &self.delta)
             .field("assignments", &self.assignments)
             .field("managers", &self.managers)
+            .field("undecided", &self.undecided)
             .finish_non_exhaustive()
     }
 }
