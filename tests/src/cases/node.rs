@@ -1,17 +1,18 @@
 //! What operators do to nodes: labels, constraints, availability, leaving, removing, joining again;
 //! and workers that have no manager for a while.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use mesh_lab::DaemonSignal;
 use serde_json::Value;
 
-use super::group;
+use super::{group, trust::three_vote};
 use crate::cluster::{Cluster, Ran, SOON, WHOAMI, eventually, field, row_of};
 
 group!("node": constraints_choose_nodes, a_paused_node_takes_no_more, a_node_leaves_and_comes_back,
-    workers_go_on_without_managers, workers_go_on_without_a_majority);
+    workers_go_on_without_managers, workers_go_on_without_a_majority,
+    a_worker_leaves_a_manager_without_a_leader);
 
 /// Where the tasks of a service run, once `count` do.
 fn places(c: &Cluster, service: &str, count: usize) -> Result<BTreeSet<String>> {
@@ -199,4 +200,31 @@ fn goes_on_without(
         ensure!(now.len() == 1 && now[0].id != before.id, "{now:?}");
         Ok(())
     })
+}
+
+/// It is in a session with one that is cut off from the others, and reaches all.
+fn a_worker_leaves_a_manager_without_a_leader(c: &Cluster) -> Result<()> {
+    three_vote(c)?;
+    let log = std::fs::read_to_string(c.lab.places().log("w1")).context("read a log")?;
+    let (_, last) = log.rsplit_once("session manager=192.0.2.1").context("no session")?;
+    let cut = format!("m{}", last.chars().next().context("a cut line")?);
+    let managers = ["m1", "m2", "m3"].map(str::to_owned);
+    let (cut, others): (Vec<_>, Vec<_>) = managers.into_iter().partition(|name| *name == cut);
+    let other = others.first().context("all managers are cut off")?.clone();
+    c.lab.partition(&[cut, others], false)?;
+    let begin = Instant::now();
+    let runs = eventually("a task of w1 by the majority", SOON, || {
+        let create = "service create --detach --name there --replicas 1 --runtime process \
+                      --constraint node.hostname==w1 -- sleep infinity";
+        let made = c.meshctl(&other, create)?;
+        ensure!(made.stderr.contains("already exists") || made.ok().is_ok(), "not yet");
+        let tasks = c.meshctl(&other, "service ps there")?.ok()?;
+        // What it should be, and what it is.
+        ensure!(tasks.matches("Running").count() == 2, "{tasks}");
+        Ok(())
+    });
+    c.lab.heal()?;
+    runs?;
+    println!("    w1 ran a task of the majority after {:?}", begin.elapsed());
+    c.wait_node("m1", "w1", "Ready")
 }

@@ -196,7 +196,7 @@ fn a_dead_daemon_keeps_its_tasks(c: &Cluster) -> Result<()> {
 }
 
 /// Managers vote a moment after they joined. Only their leader knows who does.
-fn three_vote(c: &Cluster) -> Result<()> {
+pub(super) fn three_vote(c: &Cluster) -> Result<()> {
     eventually("three voters", SOON, || {
         let nodes = c.meshctl(&c.leader("m1")?, "node ls")?.ok()?;
         ensure!(nodes.matches("Reachable").count() == 2, "{nodes}");

@@ -122,15 +122,23 @@ impl Session {
         let reports = tokio::spawn(async move { reporter.run().await });
         let _abort = AbortOnDrop(reports.abort_handle());
         tracing::info!(%manager, "session");
+        let mut decided = clock::monotonic();
         loop {
             let update = tokio::time::timeout(SILENCE, updates.next())
                 .await
                 .context("the manager is silent")??;
             let Some(update) = update else { return Ok(()) };
-            // One that follows nobody can replace nothing that ends here.
-            let managed = !update.undecided;
+            let undecided = update.undecided;
             self.apply(update);
-            self.agent.set_managed(managed);
+            // One that follows nobody can replace nothing that ends here.
+            self.agent.set_managed(!undecided);
+            if !undecided {
+                decided = clock::monotonic();
+            }
+            // Others may be where the majority is.
+            let given_up = clock::monotonic().saturating_sub(decided) >= SILENCE;
+            let others = self.settings.borrow().managers.len() > 1;
+            anyhow::ensure!(!(given_up && others), "the manager follows no leader");
             if reports.is_finished() {
                 return reports.await.context("reporting")?;
             }
