@@ -60,7 +60,8 @@ impl fmt::Debug for RaftConfig {
 /// How patient a raft node is. All managers of a cluster should have the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timers {
-    /// Between heartbeats; 125 ms.
+    /// Between heartbeats, and how long the answer to one may take; 200 ms. Managers with a longer
+    /// way there and back between them, in a network or through busy machines, keep no leader.
     pub heartbeat: Duration,
     /// How long a follower waits at least, once its leader's lease ended, until it stands for
     /// election; 300 ms.
@@ -78,7 +79,7 @@ pub struct Timers {
 impl Default for Timers {
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_millis(125),
+            heartbeat: Duration::from_millis(200),
             election_min: Duration::from_millis(300),
             election_max: Duration::from_millis(550),
             propose: Duration::from_secs(5),

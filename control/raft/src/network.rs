@@ -228,7 +228,7 @@ impl RaftNetworkV2<Types> for Peer {
         request: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
-        // A heartbeat must fail fast; entries wait for the peer's disk.
+        // openraft gives a heartbeat no longer than that; entries wait for the peer's disk.
         let timeout = if request.entries.is_empty() {
             option.hard_ttl()
         } else {

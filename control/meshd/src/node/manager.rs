@@ -210,12 +210,13 @@ impl Manager {
             wake = Instant::now() + TICK;
             let leading = leadership.borrow_and_update().clone();
             if !leading.me_leader {
-                led_term = None;
                 if let Some((number, address)) = leading.leader {
                     forward.forward(number, address, self.hearsay()).await;
                 }
                 continue;
             }
+            // Once per term: a leader that lost its majority for a moment goes on with what it
+            // knows, or a busy machine would give dead nodes a fresh start again and again.
             if led_term != Some(leading.term) {
                 led_term = Some(leading.term);
                 memory = LeaderMemory::default();

@@ -10,7 +10,9 @@ use mesh_control::{
     model::Role,
 };
 
-use super::net::{Net, address, number, reached, until, write};
+use mesh_history::Dice;
+
+use super::net::{Net, Weather, address, number, reached, until, write};
 use crate::{DiskError, ProposeError, Raft, ReadError, StartError, VoterError, disk::Disk};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -64,6 +66,22 @@ async fn a_returning_node_unseats_nobody() {
     until(&net.node(away), "it is back", |now| now.has_quorum).await;
     let now = leader.leadership().borrow().clone();
     assert!(now.me_leader && now.term == term, "{now:?}");
+}
+
+/// Halfway around the world.
+#[tokio::test(flavor = "multi_thread")]
+async fn managers_far_from_each_other_keep_their_leader() {
+    let net = Net::group("far", 3, 1000).await;
+    let (_, leader) = net.leader(0, PATIENCE).await;
+    let term = leader.leadership().borrow().term;
+    let (least, delay) = (Duration::from_millis(65), Duration::from_millis(10));
+    net.weather(Some(Weather { loss: 0, least, delay, dice: Dice::new(1) }));
+    // Longer than a leader may go without its majority.
+    let mut leadership = leader.leadership();
+    let lapse = leadership.wait_for(|now| !now.me_leader || now.term != term);
+    let lapsed = tokio::time::timeout(Duration::from_secs(4), lapse).await;
+    assert!(lapsed.is_err(), "{lapsed:?}");
+    write(&leader, 1).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

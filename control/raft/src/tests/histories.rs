@@ -253,7 +253,7 @@ async fn trouble(net: &Net, size: u64, dice: &mut Dice) {
         9 => {
             let (loss, delay) = (dice.below(100), Duration::from_micros(dice.below(20_000)));
             let dice = Dice::new(dice.below(u64::MAX));
-            net.weather(Some(Weather { loss, delay, dice }));
+            net.weather(Some(Weather { loss, least: Duration::ZERO, delay, dice }));
         }
         _ => match dice.pick(&dead) {
             Some(id) => drop(net.start(id).await),

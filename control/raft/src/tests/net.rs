@@ -69,7 +69,9 @@ struct Links {
 pub(crate) struct Weather {
     /// So many of a thousand get lost.
     pub(crate) loss: u64,
-    /// And the others are late by up to this.
+    /// The others are late by this at least,
+    pub(crate) least: Duration,
+    /// and by up to this more.
     pub(crate) delay: Duration,
     pub(crate) dice: Dice,
 }
@@ -105,12 +107,12 @@ impl Links {
         if self.cut.contains(&(from, to)) {
             return None;
         }
-        let Some(Weather { loss, delay, dice }) = &mut self.weather else {
+        let Some(Weather { loss, least, delay, dice }) = &mut self.weather else {
             return Some(Duration::ZERO);
         };
         let lost = dice.below(1000) < *loss;
         let micros = u64::try_from(delay.as_micros()).unwrap() + 1;
-        (!lost).then(|| Duration::from_micros(dice.below(micros)))
+        (!lost).then(|| *least + Duration::from_micros(dice.below(micros)))
     }
 }
 
