@@ -91,7 +91,12 @@ fn main() -> ExitCode {
             cluster: true,
             meshd_args: &[],
             alone: true,
-            groups: &[cases::trust::GROUP, cases::paths::GROUP],
+            groups: &[
+                cases::trust::GROUP,
+                cases::paths::GROUP,
+                cases::restart::GROUP,
+                cases::churn::GROUP,
+            ],
         },
     ])
 }

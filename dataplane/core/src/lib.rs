@@ -20,6 +20,6 @@ mod slots;
 pub use desired::{Attachment, Desired, Input, Options, Service, SlotKey, Underlay, desired};
 pub use object::{
     AddressUse, Config, EndpointEntry, Hook, Key, LinkRef, MapId, NetnsId, NodeEntry, Ns,
-    PortEntry, Program, ServiceEntry, Value, Veth, host_name,
+    PortEntry, Program, ServiceEntry, Stray, Value, Veth, host_name,
 };
 pub use plan::{Observed, Op, Plan, Refusal, plan};

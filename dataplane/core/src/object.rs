@@ -136,6 +136,48 @@ impl MapId {
     }
 }
 
+/// Something that carries our mark, and is no object of ours: a copy, or one that was renamed.
+/// Nothing but its removal is ever wanted.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stray {
+    /// A link of our kinds with our alias and another name than we give.
+    Link {
+        /// Its kernel index.
+        index: u32,
+        /// Its name.
+        name: String,
+    },
+    /// An address on the node's side of a link of ours: there is none by design.
+    Address {
+        /// The link's kernel index.
+        index: u32,
+        /// The address.
+        address: IpNetwork,
+    },
+    /// A route of our protocol that is not as we make them.
+    Route {
+        /// `None`: a default route.
+        to: Option<IpNetwork>,
+        /// The next hop.
+        gateway: Option<IpAddr>,
+        /// The link's kernel index.
+        oif: Option<u32>,
+        /// Its priority.
+        metric: u32,
+    },
+    /// A filter that runs a program of ours at another place than ours.
+    Filter {
+        /// The link's kernel index.
+        index: u32,
+        /// The side of the link.
+        parent: u32,
+        /// Priority and protocol, as in `tcm_info`.
+        info: u32,
+        /// Its handle.
+        handle: u32,
+    },
+}
+
 /// What an object is. One key, one object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
@@ -186,6 +228,8 @@ pub enum Key {
     Published(Protocol, u16),
     /// An entry of a map whose key is none that we would write.
     Unknown(MapId, Vec<u8>),
+    /// Marked as ours, but none that we would make.
+    Stray(Ns, Stray),
     /// An attached program.
     Hook(Hook),
 }
@@ -193,7 +237,8 @@ pub enum Key {
 /// The state of an object. Each kind of key has its kind of value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value {
-    /// There, with nothing more to it ([`Key::Loopback`], [`Key::Address`], [`Key::LocalAddr`]).
+    /// There, with nothing more to it ([`Key::Loopback`], [`Key::Address`], [`Key::LocalAddr`],
+    /// [`Key::Stray`]).
     Present,
     /// [`Key::Sysctl`], without the line end.
     Sysctl(String),
@@ -250,7 +295,7 @@ pub struct Vxlan {
     pub port: u16,
     /// Of inner packets.
     pub mtu: Mtu,
-    /// Administratively up.
+    /// Administratively up, and known by our alias.
     pub up: bool,
     /// `collect_md`, no learning: what only making it anew can change.
     pub collects_metadata: bool,
@@ -436,6 +481,7 @@ impl Key {
             Self::Published(..) => 19,
             Self::Unknown(..) => 20,
             Self::Hook(_) => 21,
+            Self::Stray(..) => 22,
         }
     }
 
@@ -486,6 +532,20 @@ impl fmt::Display for Key {
             Self::Hook(Hook::FromUplink) => write!(f, "program from_uplink"),
             Self::Hook(Hook::FromVxlan) => write!(f, "program from_vxlan"),
             Self::Hook(Hook::TaskLo(ns)) => write!(f, "program task_lo in {ns}"),
+            Self::Stray(Ns::Node, stray) => write!(f, "stray {stray}"),
+            Self::Stray(Ns::Task(ns), stray) => write!(f, "stray {stray} in {ns}"),
+        }
+    }
+}
+
+impl fmt::Display for Stray {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Link { name, .. } => write!(f, "link {name}"),
+            Self::Address { index, address } => write!(f, "address {address} on link {index}"),
+            Self::Route { to: Some(to), metric, .. } => write!(f, "route to {to} metric {metric}"),
+            Self::Route { to: None, metric, .. } => write!(f, "default route metric {metric}"),
+            Self::Filter { index, .. } => write!(f, "filter on link {index}"),
         }
     }
 }

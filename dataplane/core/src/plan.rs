@@ -100,8 +100,9 @@ pub struct Plan {
 
 /// Plans the way from `observed` to `desired`. Safe under traffic, in three steps:
 ///
-/// 1. What names a link that is gone is removed, before a new link can get its index; pairs that
-///    must be made anew, or whose name in the task is needed, go, with the entries that name them.
+/// 1. Strays go, which may hold a name or a port that is needed. What names a link that is gone is
+///    removed, before a new link can get its index; pairs that must be made anew, or whose name in
+///    the task is needed, go, with the entries that name them.
 /// 2. New and changed objects, each after what it refers to (endpoints before tables before
 ///    services before addresses; programs last).
 /// 3. What is no longer wanted, in reverse.
@@ -167,9 +168,9 @@ fn put(key: &Key, value: &Value, seen: &BTreeMap<&Key, &Value>, maglev: &[u64]) 
     })
 }
 
-/// Map entries that name a link by an index that is none of ours.
+/// Strays, and map entries that name a link by an index that is none of ours.
 fn is_dangling(key: &Key) -> bool {
-    matches!(key, Key::Port(LinkRef::Index(_) | LinkRef::Vxlan))
+    matches!(key, Key::Stray(..) | Key::Port(LinkRef::Index(_) | LinkRef::Vxlan))
 }
 
 /// Whether the kernel removes it together with its link.

@@ -9,8 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_dataplane::{
-    AddressUse, Attachment, Desired, Hook, Input, Key, LinkRef, MapId, NetnsId, Observed, Op,
-    Options, Program, SlotKey, Underlay, Value, desired, plan,
+    AddressUse, Attachment, Desired, Hook, Input, Key, LinkRef, MapId, NetnsId, Ns, Observed, Op,
+    Options, Program, SlotKey, Stray, Underlay, Value, desired, plan,
 };
 use mesh_types::{
     ids::{EndpointId, NetworkId, NodeId, NodeNumber, ServiceId, TaskId, Vni},
@@ -453,7 +453,11 @@ fn harm(model: &mut Model, damage: &Damage) {
             model.0.objects.insert(at.get(&keys).clone(), value);
         }
         Damage::Add(byte) => {
-            let key = match byte % 4 {
+            let key = match byte % 5 {
+                4 => {
+                    let (index, name) = ((*byte).into(), format!("stray{byte}"));
+                    Key::Stray(Ns::Node, Stray::Link { index, name })
+                }
                 0 => Key::Unknown(MapId::Addresses, vec![*byte]),
                 1 => Key::Port(LinkRef::Index((*byte).into())),
                 2 => Key::Service((*byte).into()),

@@ -1,10 +1,10 @@
 //! One operation of a plan, done to the kernel.
 
-use std::{collections::BTreeSet, os::fd::AsFd};
+use std::{collections::BTreeSet, net::Ipv4Addr, os::fd::AsFd};
 
-use ipnetwork::IpNetwork;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use mesh_dataplane::{
-    Hook, Key, LinkRef, NetnsId, Ns, Op, Program, Value, Veth,
+    Hook, Key, LinkRef, NetnsId, Ns, Op, Program, Stray, Value, Veth,
     desired::LOOPBACK_IFINDEX,
     host_name,
     object::{LINK_ALIAS, VXLAN_NAME, Vxlan},
@@ -72,11 +72,13 @@ impl Apply<'_> {
             (Key::Veth(endpoint), Value::Veth(veth)) => self.veth(*endpoint, veth, old),
             (Key::Loopback(netns), _) => {
                 let change = LinkChange { up: Some(true), ..LinkChange::default() };
-                Ok(rtnl::set_link(&mut self.task(*netns)?.socket, LOOPBACK_IFINDEX, &change)?)
+                let socket = &mut self.task(*netns)?.socket;
+                rtnl::set_link(socket, LOOPBACK_IFINDEX, &change)?;
+                address_anew(socket, LOOPBACK_IFINDEX, LOOPBACK_ADDRESS)
             }
             (Key::Address(endpoint, address), _) => {
                 let (task, index) = self.task_link(*endpoint)?;
-                Ok(rtnl::add_address(&mut task.socket, index, *address)?)
+                address_anew(&mut task.socket, index, *address)
             }
             (Key::DefaultRoute(netns), Value::DefaultRoute { endpoint, gateway }) => {
                 let task = self.task(*netns)?;
@@ -86,7 +88,8 @@ impl Apply<'_> {
             (Key::HostRoute(to), Value::HostRoute(link)) => {
                 let index = self.index(*link)?;
                 let to = Some(IpNetwork::from(*to));
-                Ok(rtnl::add_route(self.socket, to, None, index, old.is_some())?)
+                // Whoever made a route to this very address: it is a task's that is plugged in here.
+                Ok(rtnl::add_route(self.socket, to, None, index, true)?)
             }
             (Key::Neighbour(endpoint, address), Value::Neighbour(mac)) => {
                 let index = self.index(LinkRef::Veth(*endpoint))?;
@@ -134,13 +137,13 @@ impl Apply<'_> {
                 let task = self.task(*netns)?;
                 let Some(index) = task.index_of.get(endpoint) else { return Ok(()) };
                 let gateway = Some(*gateway);
-                gone_is_fine(rtnl::delete_route(&mut task.socket, None, gateway, *index))
+                gone_is_fine(rtnl::delete_route(&mut task.socket, None, gateway, *index, 0))
             }
             Key::HostRoute(to) => {
                 let Value::HostRoute(link) = old else { return Ok(()) };
                 let index = self.index(*link)?;
                 let to = Some(IpNetwork::from(*to));
-                gone_is_fine(rtnl::delete_route(self.socket, to, None, index))
+                gone_is_fine(rtnl::delete_route(self.socket, to, None, index, 0))
             }
             Key::Neighbour(endpoint, address) => {
                 let index = self.index(LinkRef::Veth(*endpoint))?;
@@ -149,12 +152,30 @@ impl Apply<'_> {
             Key::Nft => self.nft.set(None),
             Key::Hook(hook) => self.detach(*hook, old),
             Key::Config => self.clear_config(),
+            Key::Stray(ns, stray) => self.delete_stray(*ns, stray),
             _ => {
                 let (map, bytes) =
                     codec::encode_key(key, &self.round.links).ok_or(OpError::NoLink)?;
                 Ok(self.bpf.map(map).delete(&bytes)?)
             }
         }
+    }
+
+    fn delete_stray(&mut self, ns: Ns, stray: &Stray) -> Result<(), OpError> {
+        let socket = match ns {
+            Ns::Node => &mut *self.socket,
+            Ns::Task(netns) => &mut self.task(netns)?.socket,
+        };
+        gone_is_fine(match *stray {
+            Stray::Link { index, .. } => rtnl::delete_link(socket, index),
+            Stray::Address { index, address } => rtnl::delete_address(socket, index, address),
+            Stray::Route { to, gateway, oif, metric } => {
+                rtnl::delete_route(socket, to, gateway, oif.unwrap_or(0), metric)
+            }
+            Stray::Filter { index, parent, info, handle } => {
+                rtnl::delete_filter_at(socket, index, parent, info, handle)
+            }
+        })
     }
 
     /// An array's entry cannot be removed; all zeros says that there is none.
@@ -208,7 +229,8 @@ impl Apply<'_> {
         };
         let index = self.index(LinkRef::Vxlan)?;
         let mtu = Some(vxlan.mtu.get());
-        let change = LinkChange { up: Some(vxlan.up), mtu, ..LinkChange::default() };
+        let (up, alias) = (Some(vxlan.up), Some(LINK_ALIAS));
+        let change = LinkChange { up, mtu, alias, ..LinkChange::default() };
         Ok(rtnl::set_link(self.socket, index, &change)?)
     }
 
@@ -291,6 +313,20 @@ impl Apply<'_> {
             _ => bpf.detach(self.socket, hook, index),
         }
     }
+}
+
+/// `lo`'s: the resolver is at an address in it.
+const LOOPBACK_ADDRESS: IpNetwork = IpNetwork::V4(LOOPBACK);
+const LOOPBACK: Ipv4Network = match Ipv4Network::new_checked(Ipv4Addr::LOCALHOST, 8) {
+    Some(network) => network,
+    None => panic!("8 is a prefix length"),
+};
+
+/// Gives a link an address together with the routes that the kernel makes for one. Adding an
+/// address that is there would bring back no route.
+fn address_anew(socket: &mut Socket, index: u32, address: IpNetwork) -> Result<(), OpError> {
+    gone_is_fine(rtnl::delete_address(socket, index, address))?;
+    Ok(rtnl::add_address(socket, index, address)?)
 }
 
 fn changed(old: Mac, new: Mac) -> Option<Mac> {

@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -63,7 +63,10 @@ pub(crate) struct Bpf {
     pub(crate) counters: RawMap,
     pub(crate) flows: RawMap,
     pub(crate) flow_capacity: u32,
+    directory: PathBuf,
     links: PathBuf,
+    /// All pinned maps, to pin them again.
+    pins: BTreeMap<&'static str, (OwnedFd, u32)>,
     pub(crate) tcx: bool,
 }
 
@@ -71,6 +74,15 @@ impl std::fmt::Debug for Bpf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Bpf").field("links", &self.links).field("tcx", &self.tcx).finish()
     }
+}
+
+/// Maps that are pinned beside those of [`MapId`].
+const OWN_MAPS: [&str; 5] =
+    [map::MAGLEV, map::COUNTERS, map::FLOWS, map::FLOWS_NEW, map::VIP_CLIENTS];
+
+/// All that are pinned.
+fn pinned_maps() -> impl Iterator<Item = &'static str> {
+    MapId::ALL.map(MapId::name).into_iter().chain(OWN_MAPS)
 }
 
 const PROGRAMS: [&str; 4] = [prog::FROM_TASK, prog::FROM_UPLINK, prog::FROM_VXLAN, prog::TASK_LO];
@@ -85,11 +97,12 @@ impl Bpf {
     pub(crate) fn load(pin_dir: &Path, sizes: &MapSizes, tcx: bool) -> Result<Self, OpenError> {
         let directory = versioned(pin_dir);
         let (map_dir, links) = (directory.join("maps"), directory.join("links"));
+        let io = |what: &str, path: &Path| {
+            let what = format!("cannot {what} {}", path.display());
+            move |source| OpenError::Io { what, source }
+        };
         for path in [&map_dir, &links] {
-            fs::create_dir_all(path).map_err(|source| OpenError::Io {
-                what: format!("cannot create {}", path.display()),
-                source,
-            })?;
+            fs::create_dir_all(path).map_err(io("create", path))?;
         }
         let mut ebpf = load_object(&map_dir, sizes)?;
         let open = |name: &str, sizes| open_map(&map_dir.join(name), sizes);
@@ -101,12 +114,31 @@ impl Bpf {
             open(map::FLOWS, (size_of::<FlowKey>(), size_of::<FlowValue>()))?;
         let (counters, _) = open(map::COUNTERS, (4, 8))?;
         let maglev = shared(&map_dir.join(map::MAGLEV))?;
+        let mut pins = BTreeMap::new();
+        for name in pinned_maps() {
+            let path = map_dir.join(name);
+            let fd = bpf_sys::open_pin(&path).map_err(io("open", &path))?;
+            let id = bpf_sys::map_id(fd.as_fd()).map_err(io("read", &path))?;
+            pins.insert(name, (fd, id));
+        }
         // After the maps' layouts are known to fit: the verifier would say it less plainly.
         let mut ids = BTreeMap::new();
         for name in PROGRAMS {
             ids.insert(name, load_program(&mut ebpf, name)?);
         }
-        Ok(Self { ebpf, ids, maps, maglev, counters, flows, flow_capacity, links, tcx })
+        Ok(Self {
+            ebpf,
+            ids,
+            maps,
+            maglev,
+            counters,
+            flows,
+            flow_capacity,
+            directory,
+            links,
+            pins,
+            tcx,
+        })
     }
 
     pub(crate) fn map(&self, id: MapId) -> &RawMap {
@@ -124,13 +156,38 @@ impl Bpf {
         self.ids.get(program_of(hook)) == Some(&program)
     }
 
+    /// Pins every map again whose pin is gone or another map's, so that the next daemon finds what
+    /// the programs use. Returns the names of those.
+    pub(crate) fn pin_again(&self) -> io::Result<Vec<&'static str>> {
+        let mut done = Vec::new();
+        for (name, (map, id)) in &self.pins {
+            let path = self.directory.join("maps").join(name);
+            let there = bpf_sys::open_pin(&path).and_then(|fd| bpf_sys::map_id(fd.as_fd()));
+            if there.is_ok_and(|there| there == *id) {
+                continue;
+            }
+            make_way(&path)?;
+            bpf_sys::pin(map.as_fd(), &path)?;
+            done.push(*name);
+        }
+        Ok(done)
+    }
+
     /// The pinned tcx links: hook, program id and device (0: gone).
     pub(crate) fn pinned(&self) -> io::Result<Vec<(Hook, u32, u32)>> {
         let mut found = Vec::new();
-        for entry in fs::read_dir(&self.links)? {
+        let entries = match fs::read_dir(&self.links) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+            entries => entries?,
+        };
+        for entry in entries {
             let entry = entry?;
             let Some(hook) = entry.file_name().to_str().and_then(hook_named) else { continue };
-            let link = bpf_sys::open_pin(&entry.path())?;
+            // One that is no object of BPF is there all the same, and not what it should be.
+            let Ok(link) = bpf_sys::open_pin(&entry.path()) else {
+                found.push((hook, 0, 0));
+                continue;
+            };
             let info = bpf_sys::link_info(link.as_fd())?;
             found.push((hook, info.map_or(0, |i| i.program), info.map_or(0, |i| i.ifindex)));
         }
@@ -159,17 +216,13 @@ impl Bpf {
             return Ok(rtnl::set_filter(socket, ifindex, parent, program, name)?);
         }
         let path = self.links.join(name_of(hook));
-        match bpf_sys::open_pin(&path) {
-            Ok(link) => {
-                let at = bpf_sys::link_info(link.as_fd())?.map_or(0, |info| info.ifindex);
-                if at == ifindex {
-                    return Ok(bpf_sys::update_link(link.as_fd(), program)?);
-                }
-                fs::remove_file(&path)?;
+        if let Ok(link) = bpf_sys::open_pin(&path) {
+            let at = bpf_sys::link_info(link.as_fd()).ok().flatten();
+            if at.is_some_and(|info| info.ifindex == ifindex) {
+                return Ok(bpf_sys::update_link(link.as_fd(), program)?);
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
         }
+        make_way(&path)?;
         let link = bpf_sys::attach_tcx(program, ifindex, TCX_INGRESS)?;
         Ok(bpf_sys::pin(link.as_fd(), &path)?)
     }
@@ -215,11 +268,20 @@ impl Bpf {
     }
 }
 
+/// Clears a path that something of ours is to be pinned at.
+fn make_way(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn load_object(map_dir: &Path, sizes: &MapSizes) -> Result<Ebpf, OpenError> {
     let mut loader = EbpfLoader::new();
-    let all = MapId::ALL.map(MapId::name);
-    let own = [map::MAGLEV, map::COUNTERS, map::FLOWS, map::FLOWS_NEW, map::VIP_CLIENTS];
-    for name in all.into_iter().chain(own) {
+    for name in pinned_maps() {
         loader.map_pin_path(name, map_dir.join(name));
     }
     for (name, size) in [

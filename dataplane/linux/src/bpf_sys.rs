@@ -125,6 +125,17 @@ pub(crate) fn link_info(link: BorrowedFd) -> io::Result<Option<TcxInfo>> {
     Ok(Some(TcxInfo { program: low(info[1].to_le()), ifindex: low(info[2].to_le()) }))
 }
 
+/// The kernel's number of a map.
+pub(crate) fn map_id(map: BorrowedFd) -> io::Result<u32> {
+    // type, id, …
+    let mut info = [0u32; 32];
+    let attr =
+        Attr::new().fd(0, map).u32(4, size_of_val(&info) as u32).u64(8, info.as_mut_ptr() as u64);
+    // SAFETY: `info` is as long as said and lives through the call.
+    unsafe { attr.call(BPF_OBJ_GET_INFO_BY_FD)? };
+    Ok(info[1])
+}
+
 /// What a map is: key size, value size, entries.
 pub(crate) fn map_info(map: BorrowedFd) -> io::Result<(usize, usize, u32)> {
     // type, id, key_size, value_size, max_entries, …

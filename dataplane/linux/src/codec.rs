@@ -46,6 +46,11 @@ impl LinkTable {
         }
     }
 
+    /// Whether a link of this index is one of ours.
+    pub(crate) fn is_ours(&self, index: u32) -> bool {
+        self.link_of.contains_key(&index)
+    }
+
     pub(crate) fn link(&self, index: u32) -> LinkRef {
         self.link_of.get(&index).copied().unwrap_or(LinkRef::Index(index))
     }

@@ -303,6 +303,16 @@ impl Engine {
             .filter(|lease| is_alive(lease))
             .map(|lease| (lease.netns, lease.path.clone()))
             .collect();
+        match self.bpf.pin_again() {
+            Ok(pins) => {
+                report.healed += pins.len();
+                report.applied.extend(pins.iter().map(|pin| format!("create pin {pin}")));
+            }
+            Err(error) => {
+                let message = format!("cannot pin the maps: {error}");
+                report.failures.push(Failure { key: None, message });
+            }
+        }
         let round =
             observe(&self.home, &mut self.socket, &self.bpf, &mut self.nft, &paths, &desired);
         let mut round = match round {

@@ -1,7 +1,7 @@
 //! What the kernel holds of ours, as the core's objects.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -9,7 +9,7 @@ use std::{
 
 use ipnetwork::IpNetwork;
 use mesh_dataplane::{
-    Desired, Hook, Key, LinkRef, MapId, NetnsId, Ns, Observed, Program, Value, Veth,
+    Desired, Hook, Key, LinkRef, MapId, NetnsId, Ns, Observed, Program, Stray, Value, Veth,
     desired::LOOPBACK_IFINDEX,
     object::{LINK_ALIAS, VXLAN_NAME, Vxlan, endpoint_of},
 };
@@ -22,7 +22,7 @@ use crate::{
     netlink::Socket,
     netns::Netns,
     nft::Nft,
-    rtnl::{self, IFF_UP, Link},
+    rtnl::{self, Link, Route},
 };
 
 /// Most entries of a map that one round looks at. Larger maps are not healed beyond it.
@@ -56,7 +56,7 @@ pub(crate) fn observe(
     desired: &Desired,
 ) -> Result<Round, OpError> {
     let mut round = Round::default();
-    let veths = round.node_links(socket)?;
+    let veths = round.node_links(socket, desired)?;
     for (id, path) in paths {
         // One that ended since it was looked at has nothing to observe.
         if let Ok(task) = open_task(home, *id, path) {
@@ -95,7 +95,7 @@ fn unplugged(link: &Link) -> Veth {
         mtu: 0,
         host_mtu: link.mtu,
         up: false,
-        host_up: link.flags & IFF_UP != 0,
+        host_up: link.works(),
         alias: link.alias == LINK_ALIAS,
     }
 }
@@ -105,6 +105,44 @@ fn unplugged(link: &Link) -> Veth {
 fn our_veth(link: &Link) -> Option<EndpointId> {
     let ours = link.alias == LINK_ALIAS || link.mac == Some(Mac::GATEWAY);
     endpoint_of(&link.name).filter(|_| ours && link.kind == "veth")
+}
+
+/// One that lost our marks, at the very name that is wanted.
+fn wanted_veth(link: &Link, desired: &Desired) -> Option<EndpointId> {
+    let wanted = |endpoint: &EndpointId| desired.objects.contains_key(&Key::Veth(*endpoint));
+    endpoint_of(&link.name).filter(|endpoint| link.kind == "veth" && wanted(endpoint))
+}
+
+/// Links of our kinds that carry our marks, and another name than we give: renamed by hand, or
+/// copied. They would hold what ours need, a name in a task or a port.
+fn is_stray(link: &Link) -> bool {
+    link.alias == LINK_ALIAS
+        && match link.kind.as_str() {
+            "veth" => link.mac == Some(Mac::GATEWAY) && endpoint_of(&link.name).is_none(),
+            "vxlan" => link.vxlan_metadata && link.name != VXLAN_NAME,
+            _ => false,
+        }
+}
+
+/// Whether an address does what it is for: what is sent to it arrives, its neighbours are reached.
+/// The kernel makes the routes for that, and nobody makes them again.
+fn has_routes(routes: &[Route], index: u32, address: IpNetwork) -> bool {
+    let local = |route: &Route| route.is_local(index, address.ip());
+    let on_link = |route: &Route| route.is_on_link(index, address);
+    address.is_ipv6()
+        || routes.iter().any(local) && (is_host(address) || routes.iter().any(on_link))
+}
+
+/// Whether `lo` has the address that 127.0.0.0/8 is local by.
+fn has_loopback(addresses: &[(u32, IpNetwork)], routes: &[Route]) -> bool {
+    let local = |index: u32, ip: IpAddr| routes.iter().any(|route| route.is_local(index, ip));
+    addresses.iter().any(|(index, address)| {
+        let (ip, network) = (address.ip(), address.network());
+        *index == LOOPBACK_IFINDEX
+            && (ip, address.prefix()) == (IpAddr::from([127, 0, 0, 1]), 8)
+            && local(*index, ip)
+            && local(*index, network)
+    })
 }
 
 /// Whether a link is one of ours.
@@ -117,7 +155,11 @@ impl Round {
         self.observed.objects.insert(key, value);
     }
 
-    fn node_links(&mut self, socket: &mut Socket) -> Result<BTreeMap<EndpointId, Link>, OpError> {
+    fn node_links(
+        &mut self,
+        socket: &mut Socket,
+        desired: &Desired,
+    ) -> Result<BTreeMap<EndpointId, Link>, OpError> {
         let mut veths = BTreeMap::new();
         for link in rtnl::links(socket)? {
             if link.name == VXLAN_NAME && link.kind == "vxlan" {
@@ -125,13 +167,16 @@ impl Round {
                 let value = Value::Vxlan(Vxlan {
                     port: link.vxlan_port.unwrap_or(0),
                     mtu: Mtu::new(link.mtu).unwrap_or(Mtu::MAX),
-                    up: link.flags & IFF_UP != 0,
+                    up: link.works() && link.alias == LINK_ALIAS,
                     collects_metadata: link.vxlan_metadata && !link.vxlan_learning,
                 });
                 self.put(Key::Vxlan, value);
-            } else if let Some(endpoint) = our_veth(&link) {
+            } else if let Some(endpoint) = our_veth(&link).or_else(|| wanted_veth(&link, desired)) {
                 self.links.insert(LinkRef::Veth(endpoint), link.index);
                 veths.insert(endpoint, link);
+            } else if is_stray(&link) {
+                let stray = Stray::Link { index: link.index, name: link.name };
+                self.put(Key::Stray(Ns::Node, stray), Value::Present);
             }
         }
         Ok(veths)
@@ -146,9 +191,11 @@ impl Round {
     ) -> Result<(), OpError> {
         let Some(mut task) = self.tasks.remove(&id) else { return Ok(()) };
         let links = rtnl::links(&mut task.socket)?;
+        let addresses = rtnl::addresses(&mut task.socket)?;
+        let routes = rtnl::routes(&mut task.socket)?;
         for link in &links {
             if link.flags & rtnl::IFF_LOOPBACK != 0 {
-                if link.flags & IFF_UP != 0 {
+                if link.works() && has_loopback(&addresses, &routes) {
                     self.put(Key::Loopback(id), Value::Present);
                 }
                 continue;
@@ -166,26 +213,37 @@ impl Round {
                 ifname: link.name.clone(),
                 mac: link.mac.unwrap_or(Mac([0; 6])),
                 mtu: link.mtu,
-                up: link.flags & IFF_UP != 0,
+                up: link.works(),
                 ..unplugged(host)
             };
             self.put(Key::Veth(*endpoint), Value::Veth(veth));
         }
         let endpoint_at: BTreeMap<u32, EndpointId> =
             task.index_of.iter().map(|(endpoint, index)| (*index, *endpoint)).collect();
-        for (index, address) in rtnl::addresses(&mut task.socket)? {
+        let mut broken = BTreeSet::new();
+        for (index, address) in addresses {
             // Addresses that the task gave itself are its own affair (the source guard drops them).
             let key = endpoint_at.get(&index).map(|endpoint| Key::Address(*endpoint, address));
             if let Some(key) = key.filter(|key| desired.objects.contains_key(key)) {
-                self.put(key, Value::Present);
+                if has_routes(&routes, index, address) {
+                    self.put(key, Value::Present);
+                } else {
+                    broken.insert(index);
+                }
             }
         }
-        for route in rtnl::routes(&mut task.socket)? {
-            let ours = route.to.is_none() && route.protocol == rtnl::ROUTE_PROTOCOL && route.v4;
+        let ours = |route: &&Route| route.is_main() && route.protocol == rtnl::ROUTE_PROTOCOL;
+        for route in routes.iter().filter(ours) {
             let endpoint = route.oif.and_then(|oif| endpoint_at.get(&oif));
-            if let (true, Some(endpoint), Some(gateway)) = (ours, endpoint, route.gateway) {
-                let value = Value::DefaultRoute { endpoint: *endpoint, gateway };
-                self.put(Key::DefaultRoute(id), value);
+            match (endpoint, route.gateway) {
+                (Some(endpoint), Some(gateway)) if is_default(route) => {
+                    // With an address that is made anew it goes, too.
+                    if route.oif.is_none_or(|oif| !broken.contains(&oif)) {
+                        let value = Value::DefaultRoute { endpoint: *endpoint, gateway };
+                        self.put(Key::DefaultRoute(id), value);
+                    }
+                }
+                _ => self.put(Key::Stray(Ns::Task(id), stray_route(route)), Value::Present),
             }
         }
         let wanted = sysctls(desired, Ns::Task(id));
@@ -205,10 +263,24 @@ impl Round {
     ) -> Result<(), OpError> {
         self.observed.objects.extend(read_sysctls(&sysctls(desired, Ns::Node)));
         for route in rtnl::routes(socket)? {
-            let (Some(to), Some(oif)) = (route.to, route.oif) else { continue };
-            if route.protocol == rtnl::ROUTE_PROTOCOL && is_host(to) {
-                let link = self.links.link(oif);
-                self.put(Key::HostRoute(to.ip()), Value::HostRoute(link));
+            if !route.is_main() || route.protocol != rtnl::ROUTE_PROTOCOL {
+                continue;
+            }
+            match (route.to, route.oif) {
+                (Some(to), Some(oif))
+                    if is_host(to) && route.metric == 0 && route.gateway.is_none() =>
+                {
+                    let link = self.links.link(oif);
+                    self.put(Key::HostRoute(to.ip()), Value::HostRoute(link));
+                }
+                _ => self.put(Key::Stray(Ns::Node, stray_route(&route)), Value::Present),
+            }
+        }
+        for (index, address) in rtnl::addresses(socket)? {
+            let link_local = matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local());
+            if self.links.is_ours(index) && !link_local {
+                let stray = Stray::Address { index, address };
+                self.put(Key::Stray(Ns::Node, stray), Value::Present);
             }
         }
         for (index, address, mac) in rtnl::neighbours(socket)? {
@@ -263,11 +335,20 @@ impl Round {
         at: LinkRef,
         index: u32,
     ) -> Result<(), OpError> {
-        let filters = rtnl::filters(socket, index, parent_of(hook))?;
-        if let Some((_, program)) = filters.into_iter().find(|(ours, _)| *ours) {
-            let current = program.is_some_and(|program| bpf.is_current(hook, program));
-            let state = if current { Program::Current(at) } else { Program::Stale };
-            self.put(Key::Hook(hook), Value::Hook(state));
+        let ns = match hook {
+            Hook::TaskLo(netns) => Ns::Task(netns),
+            _ => Ns::Node,
+        };
+        for filter in rtnl::filters(socket, index, parent_of(hook))? {
+            let current = filter.program.is_some_and(|program| bpf.is_current(hook, program));
+            if filter.ours {
+                let state = if current { Program::Current(at) } else { Program::Stale };
+                self.put(Key::Hook(hook), Value::Hook(state));
+            } else if current {
+                let (info, handle) = (filter.info, filter.handle);
+                let stray = Stray::Filter { index, parent: parent_of(hook), info, handle };
+                self.put(Key::Stray(ns, stray), Value::Present);
+            }
         }
         Ok(())
     }
@@ -290,6 +371,15 @@ impl Round {
         self.observed.maglev = bpf.maglev.read(usize::try_from(used).unwrap_or(usize::MAX));
         Ok(())
     }
+}
+
+fn is_default(route: &Route) -> bool {
+    route.to.is_none() && route.v4 && route.metric == 0
+}
+
+fn stray_route(route: &Route) -> Stray {
+    let Route { to, gateway, oif, metric, .. } = *route;
+    Stray::Route { to, gateway, oif, metric }
 }
 
 fn is_host(to: IpNetwork) -> bool {

@@ -17,17 +17,22 @@ use crate::netlink::{
 /// `rtm_protocol` of our routes, by which we know them again. Free in `rtnetlink.h` and in
 /// iproute2's `rt_protos`.
 pub(crate) const ROUTE_PROTOCOL: u8 = 109;
+const RTPROT_KERNEL: u8 = 2;
 const RT_TABLE_MAIN: u8 = 254;
+const RT_TABLE_LOCAL: u8 = 255;
 const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
+const RTN_LOCAL: u8 = 2;
 const NUD_PERMANENT: u16 = 0x80;
 pub(crate) const IFF_UP: u32 = 1;
 pub(crate) const IFF_LOOPBACK: u32 = 8;
+const IFF_NOARP: u32 = 0x80;
 
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_NET_NS_FD: u16 = 28;
@@ -54,9 +59,18 @@ pub(crate) struct Link {
     pub(crate) flags: u32,
     /// A veth's peer, by index in the peer's namespace.
     pub(crate) peer: Option<u32>,
+    /// The bridge or the like that it is a port of.
+    pub(crate) master: Option<u32>,
     pub(crate) vxlan_port: Option<u16>,
     pub(crate) vxlan_metadata: bool,
     pub(crate) vxlan_learning: bool,
+}
+
+impl Link {
+    /// Whether it does what links of ours do: up, resolving addresses, nobody's port.
+    pub(crate) fn works(&self) -> bool {
+        self.flags & (IFF_UP | IFF_NOARP) == IFF_UP && self.master.is_none()
+    }
 }
 
 fn ifinfo(index: u32, flags: u32, change: u32) -> [u8; 16] {
@@ -75,6 +89,7 @@ fn parse_link(body: &[u8]) -> Option<Link> {
             IFLA_IFNAME => link.name = text_of(value),
             IFLA_MTU => link.mtu = u32_at(value, 0)?,
             IFLA_LINK => link.peer = u32_at(value, 0),
+            IFLA_MASTER => link.master = u32_at(value, 0).filter(|master| *master != 0),
             IFLA_IFALIAS => link.alias = text_of(value),
             IFLA_LINKINFO => parse_info(value, &mut link),
             _ => {}
@@ -192,6 +207,7 @@ pub(crate) fn add_vxlan(
 /// What to change on a link.
 #[derive(Debug, Default)]
 pub(crate) struct LinkChange<'a> {
+    /// As [`Link::works`] says.
     pub(crate) up: Option<bool>,
     pub(crate) mtu: Option<u32>,
     pub(crate) mac: Option<Mac>,
@@ -204,10 +220,13 @@ pub(crate) fn set_link(
     change: &LinkChange,
 ) -> Result<(), NetlinkError> {
     let (flags, mask) = match change.up {
-        Some(up) => (if up { IFF_UP } else { 0 }, IFF_UP),
+        Some(up) => (if up { IFF_UP } else { 0 }, IFF_UP | IFF_NOARP),
         None => (0, 0),
     };
     let mut request = Request::new(libc::RTM_NEWLINK, 0, &ifinfo(index, flags, mask));
+    if change.up.is_some() {
+        request = request.u32(IFLA_MASTER, 0);
+    }
     if let Some(mtu) = change.mtu {
         request = request.u32(IFLA_MTU, mtu);
     }
@@ -249,11 +268,13 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NODAD: u32 = 2;
+const RT_SCOPE_HOST: u8 = 254;
 
 fn ifaddr(index: u32, address: IpNetwork) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[0] = family(address.ip());
     bytes[1] = address.prefix();
+    bytes[3] = if address.ip().is_loopback() { RT_SCOPE_HOST } else { 0 };
     bytes[4..8].copy_from_slice(&index.to_ne_bytes());
     bytes
 }
@@ -306,9 +327,12 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_TABLE: u16 = 15;
 
-/// A unicast route of the main table.
+/// A route.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Route {
+    pub(crate) table: u32,
+    /// `rtm_type`.
+    kind: u8,
     /// `None`: the default route.
     pub(crate) to: Option<IpNetwork>,
     pub(crate) oif: Option<u32>,
@@ -329,13 +353,33 @@ fn rtmsg(family: u8, prefix: u8, scope: u8) -> [u8; 12] {
     bytes
 }
 
-fn parse_route(body: &[u8]) -> Option<(u32, Route)> {
-    let (family, prefix) = (*body.first()?, *body.get(1)?);
-    let mut table = u32::from(*body.get(4)?);
-    if *body.get(7)? != RTN_UNICAST {
-        return None;
+impl Route {
+    /// Whether it is a unicast route of the main table.
+    pub(crate) fn is_main(&self) -> bool {
+        self.table == u32::from(RT_TABLE_MAIN) && self.kind == RTN_UNICAST
     }
+
+    /// Whether it is what makes the link's own address an address of this host.
+    pub(crate) fn is_local(&self, index: u32, address: IpAddr) -> bool {
+        let to = self.to.is_some_and(|to| to.ip() == address);
+        self.table == u32::from(RT_TABLE_LOCAL)
+            && (self.kind, self.oif, to) == (RTN_LOCAL, Some(index), true)
+    }
+
+    /// Whether the kernel made it for an address of the link: the way to its neighbours.
+    pub(crate) fn is_on_link(&self, index: u32, address: IpNetwork) -> bool {
+        let network = (address.network(), address.prefix());
+        self.is_main()
+            && (self.protocol, self.oif) == (RTPROT_KERNEL, Some(index))
+            && self.to.is_some_and(|to| (to.ip(), to.prefix()) == network)
+    }
+}
+
+fn parse_route(body: &[u8]) -> Option<Route> {
+    let (family, prefix) = (*body.first()?, *body.get(1)?);
     let mut route = Route {
+        table: u32::from(*body.get(4)?),
+        kind: *body.get(7)?,
         to: None,
         oif: None,
         gateway: None,
@@ -349,23 +393,17 @@ fn parse_route(body: &[u8]) -> Option<(u32, Route)> {
             RTA_OIF => route.oif = u32_at(value, 0),
             RTA_GATEWAY => route.gateway = address_of(value),
             RTA_PRIORITY => route.metric = u32_at(value, 0)?,
-            RTA_TABLE => table = u32_at(value, 0)?,
+            RTA_TABLE => route.table = u32_at(value, 0)?,
             _ => {}
         }
     }
-    Some((table, route))
+    Some(route)
 }
 
-/// The unicast routes of the main table.
+/// The routes of all tables.
 pub(crate) fn routes(socket: &mut Socket) -> Result<Vec<Route>, NetlinkError> {
     let replies = socket.dump(&Request::new(libc::RTM_GETROUTE, 0, &[0; 12]))?;
-    let main = u32::from(RT_TABLE_MAIN);
-    Ok(replies
-        .iter()
-        .filter_map(|reply| parse_route(&reply.body))
-        .filter(|(table, _)| *table == main)
-        .map(|(_, route)| route)
-        .collect())
+    Ok(replies.iter().filter_map(|reply| parse_route(&reply.body)).collect())
 }
 
 /// The route that the kernel would take to an address.
@@ -375,7 +413,7 @@ pub(crate) fn route_to(socket: &mut Socket, to: IpAddr) -> Result<Option<Route>,
     head[0] = family(to);
     head[1] = (ip.len() * 8) as u8;
     let reply = socket.get(Request::new(libc::RTM_GETROUTE, 0, &head).attr(RTA_DST, &ip))?;
-    Ok(reply.and_then(|reply| parse_route(&reply.body)).map(|(_, route)| route))
+    Ok(reply.and_then(|reply| parse_route(&reply.body)).filter(|r| r.kind == RTN_UNICAST))
 }
 
 fn route_request(
@@ -398,7 +436,7 @@ fn route_request(
     request
 }
 
-/// Adds a route of ours; `replace` only where the one that is there is ours.
+/// Adds a route of ours; `replace` where what is there at its place is ours, or in its stead.
 pub(crate) fn add_route(
     socket: &mut Socket,
     to: Option<IpNetwork>,
@@ -415,8 +453,10 @@ pub(crate) fn delete_route(
     to: Option<IpNetwork>,
     gateway: Option<IpAddr>,
     oif: u32,
+    metric: u32,
 ) -> Result<(), NetlinkError> {
-    socket.change(route_request(libc::RTM_DELROUTE, 0, to, gateway, oif))
+    let request = route_request(libc::RTM_DELROUTE, 0, to, gateway, oif);
+    socket.change(request.u32(RTA_PRIORITY, metric))
 }
 
 const NDA_DST: u16 = 1;
@@ -542,12 +582,36 @@ pub(crate) fn delete_filter(
     socket.change(Request::new(libc::RTM_DELTFILTER, 0, &head).text(TCA_KIND, "bpf"))
 }
 
-/// The filters under a parent: whether each is ours, and the id of its BPF program.
+/// Removes a filter that is at another place than ours.
+pub(crate) fn delete_filter_at(
+    socket: &mut Socket,
+    index: u32,
+    parent: u32,
+    info: u32,
+    handle: u32,
+) -> Result<(), NetlinkError> {
+    let head = tcmsg(index, handle, parent, info);
+    socket.change(Request::new(libc::RTM_DELTFILTER, 0, &head).text(TCA_KIND, "bpf"))
+}
+
+/// A BPF filter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Filter {
+    /// It is where ours is.
+    pub(crate) ours: bool,
+    /// `tcm_info`.
+    pub(crate) info: u32,
+    pub(crate) handle: u32,
+    /// The id of its program.
+    pub(crate) program: Option<u32>,
+}
+
+/// The BPF filters under a parent.
 pub(crate) fn filters(
     socket: &mut Socket,
     index: u32,
     parent: u32,
-) -> Result<Vec<(bool, Option<u32>)>, NetlinkError> {
+) -> Result<Vec<Filter>, NetlinkError> {
     let request = Request::new(libc::RTM_GETTFILTER, 0, &tcmsg(index, 0, parent, 0));
     let replies = match socket.dump(&request) {
         Ok(replies) => replies,
@@ -560,7 +624,8 @@ pub(crate) fn filters(
         let options = attrs(body.get(20..)?).find(|(kind, _)| *kind == TCA_OPTIONS)?;
         let program = attrs(options.1).find(|(kind, _)| *kind == TCA_BPF_ID);
         let ours = info >> 16 == FILTER_PRIORITY && handle == FILTER_HANDLE;
-        Some((ours, program.and_then(|(_, id)| u32_at(id, 0))))
+        let program = program.and_then(|(_, id)| u32_at(id, 0));
+        Some(Filter { ours, info, handle, program })
     };
     Ok(replies.iter().filter_map(|reply| parse(&reply.body)).collect())
 }

@@ -94,7 +94,8 @@ pub(crate) fn host_routes(socket: &mut Socket) -> Result<BTreeSet<IpNetwork>, Op
         }
     }
     for route in rtnl::routes(socket)? {
-        let foreign = route.protocol != rtnl::ROUTE_PROTOCOL
+        let foreign = route.is_main()
+            && route.protocol != rtnl::ROUTE_PROTOCOL
             && route.oif.is_none_or(|oif| !ours.contains(&oif));
         if let Some(to) = route.to.filter(|to| foreign && !is_link_local(to.ip())) {
             found.insert(to);

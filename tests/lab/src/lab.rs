@@ -342,6 +342,18 @@ impl Lab {
         wire::on_thread_in(&netns, work)
     }
 
+    /// The same inside the network namespace at `path`: a task's, say.
+    ///
+    /// # Errors
+    /// When there is no such namespace, and those of `work`.
+    pub fn inside_netns<T: Send>(
+        path: &Path,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        let netns = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
+        wire::on_thread_in(&netns, work)
+    }
+
     /// The command line of a node's daemon, to be executed in its machine.
     ///
     /// # Errors

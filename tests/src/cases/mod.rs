@@ -1,5 +1,6 @@
 //! The cases, by what they are about. Each leaves services and networks to be cleared away.
 
+pub mod churn;
 pub mod cli;
 pub mod cluster;
 pub mod dns;
@@ -14,6 +15,7 @@ pub mod network;
 pub mod node;
 pub mod paths;
 pub mod raft;
+pub mod restart;
 pub mod security;
 pub mod service;
 pub mod trust;

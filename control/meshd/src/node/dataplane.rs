@@ -25,6 +25,11 @@ use crate::{options::Options, rpc::messages::CounterValue};
 
 /// A round in any case: what was corrupted heals within this time, twice over.
 const TICK: Duration = Duration::from_secs(1);
+/// After a round that left something undone the next ones come sooner: what stood in the way (a
+/// program that the kernel is still letting go of, say) is often gone in a moment.
+const RETRY: Duration = Duration::from_millis(100);
+/// Rounds in a row that come so soon.
+const RETRIES_MAX: u32 = 5;
 /// Which leases hold, for the next daemon.
 const LEASES: &str = "leases.json";
 
@@ -171,6 +176,7 @@ pub(crate) async fn start(
                 host_routes,
                 mtu,
                 complaints: BTreeMap::new(),
+                undone: 0,
             };
             driver.engine.restore(driver.leases.values().cloned().collect());
             runtime.block_on(async move {
@@ -216,6 +222,8 @@ struct Driver {
     mtu: watch::Sender<Mtu>,
     /// What failed and since when, so that the log says a thing once.
     complaints: BTreeMap<String, Instant>,
+    /// Rounds in a row that left something undone.
+    undone: u32,
 }
 
 impl Driver {
@@ -240,6 +248,9 @@ impl Driver {
                     self.round().await;
                     self.collect();
                 }
+            }
+            if (1..=RETRIES_MAX).contains(&self.undone) {
+                tick.reset_after(RETRY);
             }
         }
     }
@@ -326,7 +337,9 @@ impl Driver {
         self.engine.set_records(records);
         self.engine.set_withdrawn(self.withdrawn.borrow_and_update().clone());
         let report = self.engine.round().await;
-        if self.judge(report) {
+        let converged = self.judge(report);
+        self.undone = if converged { 0 } else { self.undone.saturating_add(1) };
+        if converged {
             self.applied
                 .send_if_modified(|applied| std::mem::replace(applied, revision) != revision);
         }
