@@ -355,8 +355,11 @@ impl Engine {
         let Some(last) = &self.last else { return false };
         match (last.objects.get(key), desired.objects.get(key)) {
             (Some(before), Some(now)) => before == now,
-            // Of a service, or nobody's.
-            (None, None) => last.services == desired.services,
+            // Of a service, or nobody's; or left by what went by itself, as a task that ended.
+            (None, None) => {
+                let stays = |key: &Key| desired.objects.contains_key(key);
+                last.services == desired.services && last.objects.keys().all(stays)
+            }
             _ => false,
         }
     }

@@ -74,7 +74,7 @@ echo cgroups; (cd $G && find . -type d | sort)
 echo processes; for p in $(find $G -name cgroup.procs | xargs cat); do
     tr '\0' ' ' 2> /dev/null < /proc/$p/cmdline | cut -d' ' -f1-2; echo
 done 2> /dev/null | grep -E 'meshd|whoami|sleep|sh -c .sleep' | sort
-echo files; (cd $D && find . -not -path './raft*' -not -path './*.new' -not -name leases.json \
+echo files; (cd $D && find . -not -path './raft*' -not -path './*.new' -not -path ./tasks -not -name leases.json \
     -not -name agent.json | sort)
 grep -oE '"ino":[0-9]+' $D/leases.json 2> /dev/null; true
 "#;
