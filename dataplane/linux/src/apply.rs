@@ -88,7 +88,8 @@ impl Apply<'_> {
             (Key::HostRoute(to), Value::HostRoute(link)) => {
                 let index = self.index(*link)?;
                 let to = Some(IpNetwork::from(*to));
-                // Whoever made a route to this very address: it is a task's that is plugged in here.
+                // Whoever made a route to this very address: it is a task's that is plugged in
+                // here.
                 Ok(rtnl::add_route(self.socket, to, None, index, true)?)
             }
             (Key::Neighbour(endpoint, address), Value::Neighbour(mac)) => {

@@ -69,15 +69,16 @@ echo routes; ip -4 route show proto 109
 echo neighbours; ip neigh show nud permanent | grep mv
 echo nft; nft -s list ruleset
 for m in ADDRESSES ENDPOINTS PORTS NODES VTEPS SERVICES PUBLISHED LOCAL_ADDRS; do
-    echo $m; bpftool -j map dump pinned $PINS/v1/maps/$m | sed 's/},{"key"/}\n{"key"/g' | tr -d '[]' | sort
+    echo $m
+    bpftool -j map dump pinned $PINS/v1/maps/$m | sed 's/},{"key"/}\n{"key"/g' | tr -d '[]' | sort
 done
 echo pins; ls $PINS/v1/maps $PINS/v1/links
 echo cgroups; (cd $G && find . -type d | sort)
 echo processes; for p in $(find $G -name cgroup.procs | xargs cat); do
     tr '\0' ' ' 2> /dev/null < /proc/$p/cmdline | cut -d' ' -f1-2; echo
 done 2> /dev/null | grep -E 'meshd|whoami|sleep|sh -c .sleep' | sort
-echo files; (cd $D && find . -not -path './raft*' -not -path './*.new' -not -path ./tasks -not -name leases.json \
-    -not -name agent.json | sort)
+echo files; (cd $D && find . -not -path './raft*' -not -path './*.new' -not -path ./tasks \
+    -not -name leases.json -not -name agent.json | sort)
 grep -oE '"ino":[0-9]+' $D/leases.json 2> /dev/null; true
 "#;
 
@@ -118,7 +119,8 @@ pub fn one_owner(c: &Cluster) -> Result<usize> {
         let (places, name) = (c.lab.places(), &node.name);
         let script = format!(
             "bpftool -j map dump pinned {}/v1/maps/ENDPOINTS; echo; for d in {}/tasks/*/; do \
-             nsenter -t $(cat $d/shim.pid) -n ip -o -4 addr 2> /dev/null | sed \"s|^|$d |\"; done; true",
+             nsenter -t $(cat $d/shim.pid) -n ip -o -4 addr 2> /dev/null | \
+             sed \"s|^|$d |\"; done; true",
             places.pins_of(name).display(),
             places.state_dir(name).display(),
         );

@@ -96,7 +96,8 @@ const WAVES: &[Wave] = &[
     // Links: copies.
     keeps(&[
         "ip link add mv00000000ff type veth peer dup1; ip link set mv00000000ff alias mesh",
-        "ip link add dup2 type veth peer dup3; ip link set dup2 alias mesh address 02:00:00:00:00:00",
+        "ip link add dup2 type veth peer dup3; \
+         ip link set dup2 alias mesh address 02:00:00:00:00:00",
         "ip link add dup4 type vxlan external dstport 4790; ip link set dup4 alias mesh",
     ]),
     // Addresses, and what the kernel makes for them.
@@ -193,7 +194,8 @@ const WAVES: &[Wave] = &[
         "n tc filter del dev lo egress",
     ]),
     keeps(&["bpftool prog pin id $(program_of vxlan) $PINS/other; \
-         n tc filter replace dev lo egress pref 28005 protocol all handle 1 bpf da pinned $PINS/other; \
+         n tc filter replace dev lo egress pref 28005 protocol all handle 1 \
+         bpf da pinned $PINS/other; \
          rm $PINS/other"]),
     keeps(&[
         "bpftool prog pin id $(n tc filter show dev lo egress | grep -oE 'id [0-9]+' | cut -c4-) \
@@ -227,9 +229,11 @@ const FLOW_STATE: [&str; 4] = ["FLOWS", "FLOWS_NEW", "VIP_CLIENTS", "COUNTERS"];
 /// Prints what the kernel holds of ours on `w1` and in its task, without what differs from time to
 /// time: numbers of links, and the VXLAN device's own MAC.
 const STATE: &str = r#"
-links() { sed -E 's/^[0-9]+: //; s/@[a-z0-9]+//; s/link-netns[a-z]* [^ ]+//; s/ group .*qlen [0-9]+//
+links() { sed -E 's/^[0-9]+: //; s/@[a-z0-9]+//; s/link-netns[a-z]* [^ ]+//
+    s/ group .*qlen [0-9]+//
     s/(mesh-vxlan.*ether) [0-9a-f:]+/\1/' | grep -E "$1" | sort; }
-dump() { bpftool -j map dump pinned $PINS/maps/$1 | sed 's/},{"key"/}\n{"key"/g' | tr -d '[]' | sort; }
+dump() { bpftool -j map dump pinned $PINS/maps/$1 | sed 's/},{"key"/}\n{"key"/g' |
+    tr -d '[]' | sort; }
 ip -o link show | links '^(mv|mesh-|dup|lost)'; n ip -o link show | links .
 ip -o -4 addr show | grep -oE '(mv|mesh-|dup|lost).*' || true
 n ip -o -4 addr show | grep -oE '[a-z]+[0-9]* +inet [^ ]+'
@@ -245,7 +249,9 @@ for m in PORTS ENDPOINTS CONFIG ADDRESSES SERVICES PUBLISHED; do
 done
 [ "$REMADE" ] || bpftool -j map lookup pinned $PINS/maps/MAGLEV key $(slot)
 for m in $PINS/maps/*; do echo $m $(bpftool -j map show pinned $m | grep -oE '"id":[0-9]+'); done
-for l in $PINS/links/*; do echo $l $(bpftool -j link show pinned $l | grep -oE '"prog_id":[0-9]+'); done
+for l in $PINS/links/*; do
+    echo $l $(bpftool -j link show pinned $l | grep -oE '"prog_id":[0-9]+')
+done
 n tc filter show dev lo egress
 "#;
 
@@ -273,7 +279,8 @@ impl Wounded {
                 grep -oE '\"value\":(.\"0x..\"){{4}}' | head -1 | cut -c9- | hex; }}
             erase() {{ bpftool map delete pinned $PINS/maps/$1 key $(key $1); }}
             put() {{ bpftool map update pinned $PINS/maps/$1 key $2 value $3; }}
-            bytes() {{ bpftool -j map show pinned $PINS/maps/$1 | grep -oE '\"bytes_'$2'\":[0-9]+' | \
+            bytes() {{ bpftool -j map show pinned $PINS/maps/$1 | \
+                grep -oE '\"bytes_'$2'\":[0-9]+' | \
                 grep -oE '[0-9]+$'; }}
             filled() {{ for i in $(seq $1); do echo 0x5a; done; }}
             clobber() {{ put $1 \"$(key $1)\" \"$(filled $(bytes $1 value))\"; }}
