@@ -30,6 +30,8 @@ pub struct Attachment {
     pub netns: NetnsId,
     /// Its interfaces.
     pub interfaces: Vec<InterfaceSpec>,
+    /// Its task is about to end: it keeps the flows that it has, and gets no new ones.
+    pub closed: bool,
 }
 
 /// The underlay, as read from the kernel in this round.
@@ -133,6 +135,7 @@ pub fn desired(input: &Input) -> Desired {
         ingress_vni: input.records.ingress().map_or(0, |network| network.vni.get()),
         objects: BTreeMap::new(),
         local: BTreeSet::new(),
+        closed: BTreeSet::new(),
     };
     out.node();
     for attachment in input.attachments {
@@ -152,6 +155,8 @@ struct Builder<'a> {
     objects: BTreeMap<Key, Value>,
     /// Endpoints that are plugged in here.
     local: BTreeSet<EndpointId>,
+    /// Those of them that get no new flows.
+    closed: BTreeSet<EndpointId>,
 }
 
 impl Builder<'_> {
@@ -223,14 +228,17 @@ impl Builder<'_> {
             Value::Hook(Program::Current(LinkRef::Index(LOOPBACK_IFINDEX))),
         );
         for interface in &attachment.interfaces {
-            self.interface(netns, interface);
+            self.interface(netns, interface, attachment.closed);
         }
     }
 
-    fn interface(&mut self, netns: NetnsId, spec: &InterfaceSpec) {
+    fn interface(&mut self, netns: NetnsId, spec: &InterfaceSpec, closed: bool) {
         let id = spec.endpoint;
         if !self.local.insert(id) {
             return;
+        }
+        if closed {
+            self.closed.insert(id);
         }
         let mtu = self.mtu(spec).get();
         self.put(
@@ -291,6 +299,7 @@ impl Builder<'_> {
                 ingress,
                 draining: false,
                 withdrawn: false,
+                closed,
             }),
         );
         self.put(Key::MapAddress(vni, spec.gateway), Value::MapAddress(AddressUse::Gateway));
@@ -355,6 +364,7 @@ impl Builder<'_> {
                 ingress: network.ingress,
                 draining,
                 withdrawn: self.input.withdrawn.contains(&record.node),
+                closed: false,
             }),
         );
         let key = Key::MapAddress(network.vni.get(), record.address);
@@ -390,6 +400,7 @@ impl Builder<'_> {
             .backends(record.network, record.id)
             .filter(|backend| backend.state == EndpointState::Ready)
             .filter(|backend| self.objects.contains_key(&Key::Endpoint(backend.id)))
+            .filter(|backend| !self.closed.contains(&backend.id))
             .collect();
         let reachable = |backend: &&&EndpointRecord| !self.input.withdrawn.contains(&backend.node);
         let mut backends: Vec<EndpointId> =

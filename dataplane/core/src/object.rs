@@ -362,6 +362,8 @@ pub struct EndpointEntry {
     pub draining: bool,
     /// Its node cannot be reached: flows that saw no reply are decided anew.
     pub withdrawn: bool,
+    /// On this node, and about to end: new flows are given to others, whoever sent them here.
+    pub closed: bool,
 }
 
 /// A value of `PORTS`.

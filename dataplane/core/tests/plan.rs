@@ -50,6 +50,8 @@ struct World {
     attached: BTreeMap<u64, BTreeSet<u64>>,
     mtu: u32,
     withdrawn: BTreeSet<u64>,
+    /// Namespaces whose tasks are about to end.
+    closed: BTreeSet<u64>,
 }
 
 impl World {
@@ -134,7 +136,7 @@ impl World {
                 let mut names = BTreeSet::new();
                 let interfaces = ids.iter().map(interface);
                 let interfaces = interfaces.filter(|i| names.insert(i.ifname.clone())).collect();
-                Attachment { netns: netns(*ino), interfaces }
+                Attachment { netns: netns(*ino), interfaces, closed: self.closed.contains(ino) }
             })
             .collect()
     }
@@ -308,6 +310,7 @@ fn small() -> World {
         attached: BTreeMap::from([(100, BTreeSet::from([1, 2]))]),
         mtu: 1500,
         withdrawn: BTreeSet::new(),
+        closed: BTreeSet::new(),
     }
 }
 
@@ -397,19 +400,41 @@ fn withdrawn_nodes_get_nothing_while_others_are_there() {
     assert_eq!(world.desired().services[0].backends, [endpoint(1), endpoint(3)]);
 }
 
+/// Whatever the records say of it: its own node knows first. Even if nobody else is left: who is
+/// sent on from here would only be sent back.
+#[test]
+fn closed_endpoints_get_nothing_here_and_stay_plugged() {
+    let mut world = small();
+    let before = world.desired();
+    world.closed = BTreeSet::from([100]);
+    let after = world.desired();
+    assert_eq!(after.services[0].backends, [endpoint(3)]);
+    let changed: Vec<&Key> = after
+        .objects
+        .iter()
+        .filter(|(key, value)| before.objects.get(key) != Some(value))
+        .map(|(key, _)| key)
+        .collect();
+    assert_eq!(changed, [&Key::Endpoint(endpoint(1)), &Key::Endpoint(endpoint(2))]);
+    assert!(before.objects.keys().eq(after.objects.keys()));
+    world.endpoints.retain(|_, (node, ..)| *node == 1);
+    assert!(world.desired().services[0].backends.is_empty());
+}
+
 fn worlds() -> impl Strategy<Value = World> {
     let endpoints = prop::collection::btree_map(1u64..16, (1u64..4, 1u64..4, 0u8..4), 0..14);
     let nodes = prop::collection::btree_set(1u64..4, 0..4);
     let services = prop::collection::btree_set(1u64..4, 0..4);
     let attached = prop::collection::btree_map(1u64..16, 100u64..103, 0..5);
     let withdrawn = prop::collection::btree_set(1u64..4, 0..2);
-    (nodes, endpoints, services, attached, 1400u32..1402, withdrawn).prop_map(
-        |(nodes, endpoints, services, attached, mtu, withdrawn)| {
+    let closed = prop::collection::btree_set(100u64..103, 0..2);
+    (nodes, endpoints, services, attached, 1400u32..1402, withdrawn, closed).prop_map(
+        |(nodes, endpoints, services, attached, mtu, withdrawn, closed)| {
             let mut by_netns: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
             for (id, ino) in attached {
                 by_netns.entry(ino).or_default().insert(id);
             }
-            World { nodes, endpoints, services, attached: by_netns, mtu, withdrawn }
+            World { nodes, endpoints, services, attached: by_netns, mtu, withdrawn, closed }
         },
     )
 }

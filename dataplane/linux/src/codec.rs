@@ -162,7 +162,8 @@ pub(crate) fn encode_value(value: &Value, links: &LinkTable) -> Option<Vec<u8>> 
             ifindex: entry.link.map_or(Some(0), |link| links.index(link))?,
             flags: flag(entry.ingress, abi::EP_INGRESS)
                 | flag(entry.draining, abi::EP_DRAINING)
-                | flag(entry.withdrawn, abi::EP_WITHDRAWN),
+                | flag(entry.withdrawn, abi::EP_WITHDRAWN)
+                | flag(entry.closed, abi::EP_CLOSED),
             pad: 0,
         }),
         Value::Port(port) => bytes(&abi::Port {
@@ -286,6 +287,7 @@ fn decode_value(map: MapId, value: &[u8], links: &LinkTable) -> Option<Value> {
                 ingress: value.flags & abi::EP_INGRESS != 0,
                 draining: value.flags & abi::EP_DRAINING != 0,
                 withdrawn: value.flags & abi::EP_WITHDRAWN != 0,
+                closed: value.flags & abi::EP_CLOSED != 0,
             })
         }
         MapId::Ports => {
@@ -381,6 +383,7 @@ mod tests {
             ingress: true,
             draining: false,
             withdrawn: false,
+            closed: true,
         });
         let mut want = Vec::new();
         for address in [[10, 0, 0, 5], [192, 0, 2, 3], [192, 0, 2, 254]] {
@@ -388,7 +391,7 @@ mod tests {
             want.extend([0xff, 0xff]);
             want.extend(address);
         }
-        want.extend([3, 0, 0, 0, 0, 0, 0, 0, 0x88, 0x13, 0, 0, 9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        want.extend([3, 0, 0, 0, 0, 0, 0, 0, 0x88, 0x13, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(encode_value(&value, &links()), Some(want));
     }
 

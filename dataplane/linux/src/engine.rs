@@ -67,6 +67,9 @@ pub struct Lease {
     pub netns: NetnsId,
     /// Its interfaces.
     pub interfaces: Vec<InterfaceSpec>,
+    /// It gets no new flows any more.
+    #[serde(default)]
+    pub closed: bool,
 }
 
 /// What one round did.
@@ -251,7 +254,11 @@ impl Engine {
             .leases
             .iter()
             .filter(live)
-            .map(|lease| Attachment { netns: lease.netns, interfaces: lease.interfaces.clone() })
+            .map(|lease| Attachment {
+                netns: lease.netns,
+                interfaces: lease.interfaces.clone(),
+                closed: lease.closed,
+            })
             .collect();
         let capacity = u32::try_from(self.bpf.maglev.len()).unwrap_or(u32::MAX);
         let options = Options {
@@ -394,13 +401,18 @@ impl Engine {
         let open = Netns::open(path);
         let failed = |source| AttachError::Netns { path: path.to_owned(), source };
         let netns = open.map_err(failed)?.id();
-        let lease = Lease { path: path.to_owned(), netns, interfaces: interfaces.to_vec() };
+        let endpoints: BTreeSet<EndpointId> = interfaces.iter().map(|i| i.endpoint).collect();
+        // A daemon that was restarted plugs all tasks again; what was closed stays so.
+        let closed = self.leases.iter().any(|held| {
+            let same = |interface: &InterfaceSpec| endpoints.contains(&interface.endpoint);
+            held.closed && held.netns == netns && held.interfaces.iter().all(same)
+        });
+        let lease = Lease { path: path.to_owned(), netns, interfaces: interfaces.to_vec(), closed };
         self.check(&lease)?;
         let before = self.leases.clone();
         self.leases.retain(|held| held.netns != netns);
         self.leases.push(lease.clone());
         let report = self.round_now();
-        let endpoints: BTreeSet<EndpointId> = interfaces.iter().map(|i| i.endpoint).collect();
         let reasons: Vec<String> = report
             .failures
             .iter()
@@ -446,6 +458,15 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Gives new flows of a lease's endpoints to others, whoever sends them; those that it has go
+    /// on. For a task that is about to end. One that is not held changes nothing.
+    pub async fn close(&mut self, lease: &Lease) -> Report {
+        for held in self.leases.iter_mut().filter(|held| held.netns == lease.netns) {
+            held.closed = true;
+        }
+        self.round().await
     }
 
     /// Unplugs what a lease holds. One that is not held changes nothing.

@@ -18,6 +18,8 @@ pub const SCHEMA: u32 = 1;
 
 /// VXLAN's UDP port (RFC 7348).
 pub const VXLAN_PORT: u16 = 4789;
+/// The nodes' ports beside the tunnel's, no business of tasks: of managers, and of gossip.
+pub const NODE_PORTS: [u16; 2] = [2377, 7946];
 /// Where the resolver listens on 127.0.0.11 in every task; the program on the task's `lo` rewrites
 /// port 53 to it, so that a task may bind 0.0.0.0:53 itself.
 pub const RESOLVER_PORT: u16 = 10_053;
@@ -83,6 +85,9 @@ pub const EP_INGRESS: u32 = 1;
 pub const EP_DRAINING: u32 = 2;
 /// Its node cannot be reached through the tunnel: flows that saw no reply are decided anew.
 pub const EP_WITHDRAWN: u32 = 4;
+/// Its task is about to end here: flows that it has go on to it, new ones are given to others,
+/// whoever chose it. Of endpoints on this node alone.
+pub const EP_CLOSED: u32 = 8;
 
 /// Value of [`map::PORTS`], keyed by the ifindex (u32) of a task veth's host side: who may send
 /// here.
@@ -418,6 +423,8 @@ counters! {
     DropArp = 52, "arp";
     /// A probe that is none of ours: bad format, or for or from another node than it says.
     DropProbe = 53, "probe";
+    /// A task's packet to a node's own ports: the tunnel's, where it would pass for the node's.
+    DropNodePort = 54, "node_port";
 }
 
 impl Counter {

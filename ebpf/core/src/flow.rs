@@ -300,6 +300,34 @@ pub const fn unestablished(state: u16, reply: bool, flags: u8) -> Step {
     Step::CheckPartner
 }
 
+/// The state of an entry after a client's packet where the replies pass elsewhere: at a node that
+/// gave the flow to a backend on a third one. `None`: the decision is void, as for
+/// [`Step::Restart`].
+///
+/// That the client goes on says that it got a reply. Nobody there sees the backend close its side,
+/// so the client's FIN is taken for both: the decision then holds as long as packets come. Such an
+/// entry stays in the LRU, where nobody has to collect it.
+#[inline(always)]
+#[must_use]
+pub const fn relayed(state: u16, flags: u8) -> Option<u16> {
+    if restarts(state, flags) {
+        None
+    } else if flags & (TCP_FIN | TCP_RST) != 0 {
+        Some(state | CLOSED)
+    } else if flags & TCP_SYN != 0 {
+        Some(state)
+    } else {
+        Some(state | FLOW_STATE_REPLIED)
+    }
+}
+
+/// Whether a client's packet begins a new flow where an old one was closed.
+#[inline(always)]
+#[must_use]
+pub const fn restarts(state: u16, flags: u8) -> bool {
+    flags & (TCP_SYN | TCP_ACK | TCP_RST) == TCP_SYN && state & CLOSED != 0
+}
+
 /// Whether the entry's timestamp should be set to `now`.
 #[inline(always)]
 #[must_use]

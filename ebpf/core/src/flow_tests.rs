@@ -247,3 +247,41 @@ fn a_flow_of_one_entry() {
     assert_eq!(unestablished(replied, false, ACK), Step::Promote);
     assert_eq!(unestablished(replied | CLOSED, false, ACK), Step::Keep);
 }
+
+/// A node that gave a flow to another one sees its client alone.
+#[test]
+fn a_relayed_flow_is_held_while_its_client_goes_on() {
+    let open = relayed(FLOW_STATE_ALONE, TCP_SYN).unwrap();
+    assert_eq!(open, FLOW_STATE_ALONE, "a client that only knocks is forgotten soon");
+    let used = relayed(open, TCP_ACK).unwrap();
+    assert_eq!(used, FLOW_STATE_ALONE | FLOW_STATE_REPLIED);
+    let at = |state| FlowValue {
+        addr: wide(1),
+        endpoint: 1,
+        node: 1,
+        last_ns: 0,
+        port_be: 80,
+        client_port_be: 4711,
+        state,
+        pad: 0,
+    };
+    assert!(is_forgotten(NEW_NS, PROTOCOL_TCP, &at(open)));
+    assert!(!is_forgotten(NEW_NS, PROTOCOL_TCP, &at(used)));
+    for end in [TCP_FIN | TCP_ACK, TCP_RST] {
+        let ended = relayed(used, end).unwrap();
+        assert!(is_closed(ended) && is_forgotten(NEW_NS, PROTOCOL_TCP, &at(ended)));
+        // Its last packets still follow it; a new flow of the same ports does not.
+        assert_eq!(relayed(ended, TCP_ACK), Some(ended));
+        assert_eq!(relayed(ended, TCP_SYN), None);
+    }
+}
+
+#[test]
+fn a_void_decision_is_told_before_it_is_followed() {
+    for state in [0, FLOW_STATE_FIN, FLOW_STATE_FIN_REPLY, CLOSED, FLOW_STATE_REPLIED] {
+        for flags in [TCP_SYN, TCP_SYN | TCP_ACK, TCP_ACK, TCP_FIN, TCP_RST, 0] {
+            let void = established(state, false, flags) == Step::Restart;
+            assert_eq!(restarts(state, flags), void, "{state} {flags}");
+        }
+    }
+}

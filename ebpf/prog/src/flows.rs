@@ -65,6 +65,21 @@ impl Entry {
         transition(key, self, u32::from(reply), u32::from(flags)) != 0
     }
 
+    /// As [`Entry::advance`] for a client's packet, where the replies pass elsewhere.
+    #[inline(always)]
+    pub fn relay(&self, flags: u8, now_ns: u64) -> bool {
+        let value = self.value();
+        if flow::is_stale(now_ns, value) {
+            // SAFETY: as above.
+            unsafe { (*self.at).last_ns = now_ns };
+        }
+        let Some(state) = flow::relayed(value.state, flags) else { return false };
+        if state != value.state {
+            self.set(state);
+        }
+        true
+    }
+
     /// Whether nobody answered yet, as far as this entry tells after [`Entry::advance`].
     #[inline(always)]
     pub fn is_half_open(&self, key: &FlowKey) -> bool {

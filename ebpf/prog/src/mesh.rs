@@ -6,9 +6,9 @@
 
 use aya_ebpf::programs::TcContext;
 use mesh_ebpf_abi::{
-    Config, Counter, EP_INGRESS, EP_WITHDRAWN, Endpoint, FLOW_MESH, FLOW_MESH_REPLY, FLOW_SELF,
-    FLOW_SELF_REPLY, FLOW_STATE_ALONE, FlowKey, FlowValue, PORT_INGRESS, Port, Published,
-    PublishedKey,
+    Config, Counter, EP_CLOSED, EP_INGRESS, EP_WITHDRAWN, Endpoint, FLOW_MESH, FLOW_MESH_REPLY,
+    FLOW_SELF, FLOW_SELF_REPLY, FLOW_STATE_ALONE, FlowKey, FlowValue, NODE_PORTS, PORT_INGRESS,
+    Port, Published, PublishedKey,
 };
 use mesh_ebpf_core::{
     addr, flow, guard, hash,
@@ -190,31 +190,21 @@ pub fn forwarded<const DIRECT: bool>(
     if frame.vni != config.ingress_vni || frame.vni == 0 {
         return Err(Counter::DropTunnelVni);
     }
-    let mut id = dst.id();
+    let id = dst.id();
     let here = get!(ENDPOINTS, &id)
         .filter(|endpoint| endpoint.ifindex != 0 && endpoint.flags & EP_INGRESS != 0);
     let endpoint = match here {
-        Some(endpoint) => endpoint,
-        None => {
-            // Once, by the node that the ingress node chose.
-            if !first {
-                return Err(Counter::DropMesh);
-            }
-            id = another(ip, id).ok_or(Counter::DropMesh)?;
-            let endpoint = get!(ENDPOINTS, &id).ok_or(Counter::DropMesh)?;
-            if endpoint.ifindex == 0 {
-                if DIRECT {
-                    // By the VXLAN device, which clears the tunnel's marks: with them the kernel
-                    // encapsulates nothing again. These packets are few.
-                    return Ok(PASS);
-                }
-                count(Counter::MeshRebalanced);
-                let dst = Mac::new(mac::MESH_FORWARD, id);
-                return way.lead(config.ingress_vni, dst, src, endpoint, ip);
-            }
-            count(Counter::MeshRebalanced);
-            endpoint
-        }
+        Some(endpoint) if endpoint.flags & EP_CLOSED == 0 || !first || keeps(ip, id) => endpoint,
+        // Given to another one once, by the node that the ingress node chose.
+        _ if !first => return Err(Counter::DropMesh),
+        // By the VXLAN device, which clears the tunnel's marks: with them the kernel encapsulates
+        // nothing again. These packets are few.
+        _ if DIRECT => return Ok(PASS),
+        here => match relay(ctx, config, ip, way, src, id) {
+            Some(verdict) => return verdict,
+            // Nobody else is there: it may serve yet.
+            None => here.ok_or(Counter::DropMesh)?,
+        },
     };
     if !ip.has_l4 {
         return Err(Counter::DropProtocol);
@@ -260,16 +250,65 @@ pub fn forwarded<const DIRECT: bool>(
     deliver(ctx, config, ip, &target, endpoint)
 }
 
-/// Another backend for a packet whose own is gone: by this node's table, so the same for all of a
-/// flow.
+/// Whether a closed backend goes on with a packet: one of a flow that it has, or an error, which is
+/// about such a flow.
 #[inline(always)]
-fn another(ip: &Ip, gone: u64) -> Option<u64> {
+fn keeps(ip: &mut Ip, id: u64) -> bool {
+    if !ip.has_l4 || !matches!(ip.tuple.protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
+        return true;
+    }
+    let flags = ip.tcp_flags;
+    flows::find(ip.key(FLOW_MESH, 0), flows::now()).is_some_and(|entry| {
+        let value = entry.value();
+        value.endpoint == id && !flow::restarts(value.state, flags)
+    })
+}
+
+/// Gives a packet whose backend is gone, or takes no new flows, to another one: by this node's
+/// table, and by its memory from then on, since the table may change while the flow lives. `None`:
+/// there is no other.
+#[inline(always)]
+fn relay(
+    ctx: &TcContext,
+    config: &Config,
+    ip: &mut Ip,
+    way: &mut Way,
+    ingress: Mac,
+    gone: u64,
+) -> Option<Verdict> {
     if !ip.has_l4 || !matches!(ip.tuple.protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
         return None;
     }
-    let key = PublishedKey { port_be: ip.tuple.dport_be, protocol: ip.tuple.protocol, pad: 0 };
-    let published = get!(PUBLISHED, &key)?;
-    pick(published.service, hash::flow(&ip.tuple)).filter(|id| *id != gone)
+    let now = flows::now();
+    let (flags, hash) = (ip.tcp_flags, hash::flow(&ip.tuple));
+    let port = PublishedKey { port_be: ip.tuple.dport_be, protocol: ip.tuple.protocol, pad: 0 };
+    let key = ip.key(FLOW_MESH, 0);
+    let mut target = Target::NONE;
+    if let Some(entry) = flows::find(key, now) {
+        let value = entry.value();
+        target = Target::of(value);
+        let alone = value.state & FLOW_STATE_ALONE != 0;
+        let backend = get!(ENDPOINTS, &target.endpoint).map_or(u32::MAX, |found| found.flags);
+        let void = target.endpoint == gone
+            || backend == u32::MAX
+            || (backend & EP_WITHDRAWN != 0 && entry.is_half_open(key))
+            || !if alone { entry.relay(flags, now) } else { entry.advance(key, false, flags, now) };
+        if void {
+            target.endpoint = 0;
+        }
+    }
+    if target.endpoint == 0 {
+        let published = *get!(PUBLISHED, &port)?;
+        let arrival = Arrival { published, hash, now, node: ingress.id(), endpoint: 0 };
+        admit(key, &arrival, &mut target);
+    }
+    let endpoint = get!(ENDPOINTS, &target.endpoint)?;
+    count(Counter::MeshRebalanced);
+    if endpoint.ifindex != 0 {
+        return Some(deliver(ctx, config, ip, &target, endpoint));
+    }
+    let dst = Mac::new(mac::MESH_FORWARD, target.endpoint);
+    Some(way.lead(config.ingress_vni, dst, ingress, endpoint, ip))
 }
 
 /// What a task sends through its `gw0`: replies of published ports, calls to them, and what goes to
@@ -326,11 +365,30 @@ pub fn from_gateway(
     if guard::is_gateway_peer(config, ip.tuple.dst) {
         return Err(Counter::DropGatewayPeer);
     }
+    if is_node_port(config, ip) {
+        return Err(Counter::DropNodePort);
+    }
     count(Counter::ToHost);
     if !packet::is_to_host(ctx) {
         ctx.change_type(0).map_err(|_| Counter::DropHelper)?;
     }
     Ok(PASS)
+}
+
+/// Whether a packet is for a port that nodes keep for each other. Masqueraded as this node it would
+/// pass for the node's own: a task could forge any frame of its neighbours.
+#[inline(always)]
+fn is_node_port(config: &Config, ip: &Ip) -> bool {
+    let port = ip.tuple.dport_be;
+    let suspect = match ip.tuple.protocol {
+        // With options the ports are not where we look; no honest packet to a node has any.
+        PROTOCOL_TCP | PROTOCOL_UDP if !ip.has_l4 => true,
+        PROTOCOL_UDP if port == config.vxlan_port_be => true,
+        PROTOCOL_TCP | PROTOCOL_UDP => NODE_PORTS.iter().any(|of| of.to_be() == port),
+        _ => false,
+    };
+    let node = addr::wide(ip.tuple.dst);
+    suspect && (get!(VTEPS, &node).is_some() || get!(LOCAL_ADDRS, &node).is_some())
 }
 
 struct Reply {

@@ -10,7 +10,7 @@ use mesh_ebpf_core::{
 };
 
 use crate::{
-    maps::{ENDPOINTS, VTEPS, config, count, get},
+    maps::{ENDPOINTS, LOCAL_ADDRS, VTEPS, config, count, get},
     mesh,
     packet::{
         ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len,
@@ -78,7 +78,13 @@ fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) 
     }
     // Later fragments have no ports to look at: the stack drops them, as it never gets the first.
     let later = outer.ip.frag_be & 0x1fff_u16.to_be() != 0;
-    if outer.ip.has_options() || later {
+    let options = outer.ip.has_options();
+    let tunnel = outer.ip.protocol == PROTOCOL_UDP
+        && (options || (!later && outer.udp.dport_be == config.vxlan_port_be));
+    if tunnel && is_odd_tunnel(outer.ip.src, outer.ip.dst, u32::from(options)) != 0 {
+        return Err(Counter::DropMalformed);
+    }
+    if options || later {
         return Ok(PASS);
     }
     let Some(published) = mesh::published(outer.ip.protocol, outer.udp.dport_be, outer.ip.dst)
@@ -88,6 +94,15 @@ fn mesh_ingress(ctx: &TcContext, config: &Config, outer: &Outer, way: &mut Way) 
     pull(ctx, parse_len(L3));
     let mut ip = parse(ctx, L3)?;
     mesh::ingress(ctx, config, &mut ip, way, published)
+}
+
+/// Whether what may be a tunnel's packet has a form that no node sends: to another of our addresses
+/// than the tunnel's end, in fragments, or with options, behind which its port is not looked for.
+/// The stack would hand it to the VXLAN device.
+#[inline(never)]
+fn is_odd_tunnel(src: u32, dst: u32, options: u32) -> u32 {
+    let from_node = options == 0 || get!(VTEPS, &addr::wide(src)).is_some();
+    u32::from(from_node && get!(LOCAL_ADDRS, &addr::wide(dst)).is_some())
 }
 
 #[inline(always)]

@@ -8,7 +8,7 @@ use super::group;
 use crate::cluster::{Cluster, SOON, Task, eventually};
 
 group!("security": a_strangers_tunnel, another_nodes_tunnel, a_false_source_address, a_false_mac,
-    a_tunnel_without_sense, no_path_around_the_overlay, drops_are_shown);
+    a_tunnel_without_sense, a_task_in_its_nodes_name, no_path_around_the_overlay, drops_are_shown);
 
 /// Copies sent of each bad packet.
 const COPIES: u64 = 20;
@@ -156,6 +156,37 @@ fn a_tunnel_without_sense(c: &Cluster) -> Result<()> {
     let mut foreign_vni = good;
     foreign_vni[4..7].copy_from_slice(&[0xff, 0xff, 0xfe]);
     dropped_as(c, &to.node, "tunnel_vni", &to, || inject(c, &sender, node, &foreign_vni))
+}
+
+/// What a task sends to another node is masqueraded as its own node: frames that it forges would
+/// pass for those of its neighbours, and it would reach what nodes keep for each other.
+fn a_task_in_its_nodes_name(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let payload = genuine(c, &from, &to)?;
+    c.network("other")?;
+    c.service("--name evil --mode global --network other", crate::cluster::WHOAMI)?;
+    let tasks = c.wait_running("evil", 5)?;
+    let evil = tasks.iter().find(|task| task.node == from.node).context("no task there")?;
+    let (own, peer) = (c.lab.node(&from.node)?.address, c.lab.node(&to.node)?.address);
+    let bytes: String = payload.iter().map(|byte| format!("\\x{byte:02x}")).collect();
+    let forge = |node: Ipv4Addr| {
+        format!("for i in $(seq {COPIES}); do printf '{bytes}' >/dev/udp/{node}/{VXLAN_PORT}; done")
+    };
+    for node in [peer, own] {
+        dropped_as(c, &from.node, "node_port", &to, || {
+            c.task_sh(&evil.id, &forge(node)).map(drop)
+        })?;
+    }
+    let manager = c.lab.node("m1")?.address;
+    for (node, port) in [(manager, 2377), (own, 2377), (peer, 7946), (own, 7946)] {
+        let before = c.counter(&from.node, "node_port")?;
+        let script = format!("timeout 1 bash -c 'exec 3<>/dev/tcp/{node}/{port}'");
+        let ran = c.in_task(&evil.id, &["bash", "-c", &script])?;
+        ensure!(ran.status != 0, "a task connects to port {port} of node {node}");
+        let grown = c.counter(&from.node, "node_port")? - before;
+        ensure!(grown > 0, "port {port} of node {node}: not counted");
+    }
+    Ok(())
 }
 
 /// A host outside that routes the overlay's subnet through a node gets nowhere.

@@ -18,7 +18,7 @@ use crate::{
 
 group!("trust": scaling_fails_no_request, a_roll_out_fails_no_request,
     a_start_first_roll_out_fails_no_request, a_drained_node_fails_no_request,
-    one_replica_moves_without_a_gap,
+    one_replica_moves_without_a_gap, a_dead_daemon_fails_no_request,
     a_late_node_fails_no_request, a_crashed_worker_gets_no_requests,
     a_dead_daemon_keeps_its_tasks, a_new_leader_writes_soon, a_minority_refuses_writes);
 
@@ -127,6 +127,34 @@ fn one_replica_moves_without_a_gap(c: &Cluster) -> Result<()> {
         wait_replaced(c, "web", 1, &old)
     });
     c.meshctl("m1", &format!("node update --availability active {node}"))?.ok()?;
+    report?.none_failed()
+}
+
+/// Its node forwards from frozen tables, also to tasks that are gone.
+fn a_dead_daemon_fails_no_request(c: &Cluster) -> Result<()> {
+    c.web(&format!("--replicas 4 {WEB}"))?;
+    c.lab.end_daemon("w2", DaemonSignal::Kill)?;
+    let report = under_load(c, || {
+        scale(c, 6)?;
+        scale(c, 3)?;
+        let old: BTreeSet<_> = c.running("web")?.into_iter().map(|task| task.id).collect();
+        let there = c.running("web")?.iter().filter(|task| task.node == "w2").count();
+        // What runs on the dead daemon's node cannot be told to end, and goes on.
+        let options = "--update-order start-first --update-parallelism 1";
+        c.meshctl("m1", &format!("service update --detach --force {options} web"))?.ok()?;
+        eventually("new tasks beside the dead daemon's", ROLL_OUT, || {
+            let tasks = c.running("web")?;
+            let fresh = tasks.iter().filter(|task| !old.contains(&task.id)).count();
+            ensure!(fresh == 3 && tasks.len() == 3 + there, "{fresh} new, {there} on w2");
+            Ok(())
+        })
+    });
+    c.lab.start("w2")?;
+    eventually("w2 to be ready again", SOON, || {
+        let nodes = c.meshctl("m1", "node ls")?.ok()?;
+        ensure!(row_of(&nodes, "w2").contains("Ready"), "{nodes}");
+        Ok(())
+    })?;
     report?.none_failed()
 }
 

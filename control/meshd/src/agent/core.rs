@@ -57,6 +57,8 @@ pub(super) enum Step {
     Watch,
     /// Look at the sockets of its network namespace.
     Look(PathBuf),
+    /// Give its new connections to others.
+    Close,
     Stop {
         signal: i32,
         grace: Duration,
@@ -75,7 +77,7 @@ pub(super) enum Outcome {
     Started(u32),
     /// Of a look, with how long it took from when it was asked for.
     Looked(Sockets, Duration),
-    /// Of a step without a result: attach, stop, detach, remove.
+    /// Of a step without a result: attach, close, stop, detach, remove.
     Done,
     /// Of any step, with the reason for the user.
     Failed(String),
@@ -90,6 +92,17 @@ pub(super) enum Outcome {
 pub(super) struct Kept {
     pub(super) assignment: TaskAssignment,
     pub(super) status: TaskStatus,
+    #[serde(default)]
+    pub(super) restarts: Restarts,
+}
+
+/// How often a task was started again here, because no manager could replace it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub(super) struct Restarts {
+    /// In all.
+    times: u64,
+    /// When, in milliseconds: those that the policy still counts.
+    recent: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +129,7 @@ enum Busy {
     Attach,
     Start,
     Look,
+    Close,
     Stop,
     Detach,
     Remove,
@@ -148,6 +162,8 @@ struct Task {
     watched: bool,
     /// It was started, and is waited for until it listens.
     opening: Option<Looks>,
+    /// It gets no new connections any more.
+    closed: bool,
     /// It is to end, and its connections are waited for.
     draining: Option<Looks>,
     /// It was asked to end.
@@ -156,8 +172,7 @@ struct Task {
     stop_sent: bool,
     /// The step that failed last, and how often in a row.
     failed: Option<(Busy, u32)>,
-    /// When it was started again here, in milliseconds, because no manager could replace it.
-    restarts: Vec<u64>,
+    restarts: Restarts,
     /// It ended, is unplugged, and was paused for as long as its service says.
     paused: bool,
     /// What to report once its interfaces are gone, since its leases are given back then.
@@ -177,11 +192,12 @@ impl Task {
             busy: None,
             watched: false,
             opening: None,
+            closed: false,
             draining: None,
             stopping: false,
             stop_sent: false,
             failed: None,
-            restarts: Vec::new(),
+            restarts: Restarts::default(),
             paused: false,
             end: None,
             status: TaskStatus::default(),
@@ -270,15 +286,16 @@ pub(super) enum Managers {
 }
 
 impl Core {
-    /// Goes on after a restart from what was kept and what was found.
+    /// Goes on after a restart from what was kept and what was found; no manager was heard yet.
     pub(super) fn restore(now_ms: u64, kept: Vec<Kept>, found: Vec<(TaskId, FoundState)>) -> Self {
-        let mut core = Self { changed: true, ..Self::default() };
-        for Kept { assignment, status } in kept {
+        let mut core = Self { changed: true, managers: Managers::Lost, ..Self::default() };
+        for Kept { assignment, status, restarts } in kept {
             let mut task = Task::new();
             let id = assignment.id;
             task.assignment = Some(assignment);
             task.named = true;
             task.status = status;
+            task.restarts = restarts;
             core.tasks.insert(id, task);
         }
         let mut found: BTreeMap<TaskId, FoundState> = found.into_iter().collect();
@@ -363,7 +380,11 @@ impl Core {
     /// What must survive a restart.
     pub(super) fn kept(&self) -> Vec<Kept> {
         let keep = |task: &Task| {
-            Some(Kept { assignment: task.assignment.clone()?, status: task.status.clone() })
+            Some(Kept {
+                assignment: task.assignment.clone()?,
+                status: task.status.clone(),
+                restarts: task.restarts.clone(),
+            })
         };
         self.tasks.values().filter_map(keep).collect()
     }
@@ -590,6 +611,11 @@ impl Task {
             let failed = matches!(self.failed, Some((Busy::Attach, _)));
             return if failed { None } else { self.attach() };
         }
+        // First, so that they come to an end at all: who did not hear that it ends (a node whose
+        // daemon is dead) goes on sending to it.
+        if !self.closed {
+            return Some((Busy::Close, Step::Close));
+        }
         let looks = self.draining.get_or_insert_default();
         if looks.waited >= limit || looks.quiet >= LOOKS_QUIET {
             return None;
@@ -626,7 +652,7 @@ impl Task {
                 self.paused = true;
                 return Some((Busy::Pause, Step::Pause));
             }
-            self.restarts.push(now_ms);
+            self.count_restart(now_ms);
             (self.end, self.process, self.netns) = (None, Process::Absent, None);
             (self.watched, self.paused, self.status.pid) = (false, false, None);
             let message = self.running_message();
@@ -654,6 +680,29 @@ impl Task {
         (useless && self.files).then_some((Busy::Remove, Step::Remove))
     }
 
+    fn count_restart(&mut self, now_ms: u64) {
+        let window = self.restart_window();
+        self.restarts.times = self.restarts.times.saturating_add(1);
+        self.restarts.recent.retain(|at| now_ms.saturating_sub(*at) < window);
+        if self.max_attempts().is_some() {
+            self.restarts.recent.push(now_ms);
+        }
+    }
+
+    /// How often it may be started again; zero means no limit, as in Swarm.
+    fn max_attempts(&self) -> Option<u64> {
+        self.assignment.as_ref()?.spec.restart.max_attempts.filter(|most| *most > 0)
+    }
+
+    /// How long an attempt counts, in milliseconds.
+    fn restart_window(&self) -> u64 {
+        let window = self.assignment.as_ref().map(|a| a.spec.restart.window.as_millis());
+        match u64::try_from(window.unwrap_or(0)) {
+            Ok(0) | Err(_) => u64::MAX,
+            Ok(window) => window,
+        }
+    }
+
     /// Whether it ended by itself and its service wants it back, as far as this node can tell.
     fn may_start_again(&self, now_ms: u64) -> bool {
         let (Some(end), Some(assignment)) = (&self.end, &self.assignment) else { return false };
@@ -663,17 +712,14 @@ impl Task {
             RestartCondition::OnFailure => end.state != TaskState::Complete,
             RestartCondition::Any => true,
         };
-        let window = match u64::try_from(policy.window.as_millis()) {
-            Ok(0) | Err(_) => u64::MAX,
-            Ok(window) => window,
-        };
-        let recent = self.restarts.iter().filter(|at| now_ms.saturating_sub(**at) < window);
-        let left = policy.max_attempts.is_none_or(|most| (recent.count() as u64) < most);
+        let window = self.restart_window();
+        let recent = self.restarts.recent.iter().filter(|at| now_ms.saturating_sub(**at) < window);
+        let left = self.max_attempts().is_none_or(|most| (recent.count() as u64) < most);
         wanted && left && !self.stopping && self.wanted() == Some(TaskState::Running)
     }
 
     fn running_message(&self) -> String {
-        match self.restarts.len() {
+        match self.restarts.times {
             0 => "started".to_owned(),
             1 => "restarted once while no manager was reached".to_owned(),
             times => format!("restarted {times} times while no manager was reached"),
@@ -756,6 +802,7 @@ impl Task {
                         Process::Absent | Process::Ended => {}
                     }
                 }
+                Busy::Close => self.closed = true,
                 Busy::Detach => self.plugged = Plugged::No,
                 Busy::Remove => {
                     self.files = false;
@@ -782,6 +829,8 @@ impl Task {
                 self.end = Some(self.finally(now_ms, TaskState::Failed, "starting", reason));
             }
             Busy::Pause => {}
+            // Its connections and its end matter more than those that a dead daemon sends.
+            Busy::Close => self.closed = true,
             // What cannot be looked at is not waited for.
             Busy::Look => self.looked(now_ms, &Sockets::default(), Duration::MAX),
             // These are tried again: what exists must be plugged, stopped, unplugged, removed.

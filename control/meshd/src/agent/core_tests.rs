@@ -41,6 +41,7 @@ fn steps(core: &mut Core) -> Vec<&'static str> {
             Step::Start => "start",
             Step::Watch => "watch",
             Step::Look(_) => "look",
+            Step::Close => "close",
             Step::Pause => "pause",
             Step::Stop { .. } => "stop",
             Step::Detach => "detach",
@@ -237,6 +238,7 @@ fn a_restart_takes_a_running_task_over() {
     assert_eq!(steps(&mut core), ["attach"]);
 
     let mut core = Core::restore(9, kept.clone(), found(FoundState::Exited(exit(4))));
+    core.handle_managers(9, Managers::There);
     assert_eq!(steps(&mut core), ["detach"]);
     core.handle_outcome(9, single.id, Outcome::Done);
     let status = core.assigned_tasks().next().unwrap().1.clone();
@@ -244,6 +246,7 @@ fn a_restart_takes_a_running_task_over() {
 
     for found in [found(FoundState::Lost), Vec::new()] {
         let mut core = Core::restore(9, kept.clone(), found);
+        core.handle_managers(9, Managers::There);
         assert_eq!(steps(&mut core), ["detach"]);
         core.handle_outcome(9, single.id, Outcome::Done);
         let status = core.assigned_tasks().next().unwrap().1.clone();
@@ -380,6 +383,7 @@ fn one_on_a_network_is_waited_for_a_moment() {
 fn connections_end_before_the_task_does() {
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 3));
     single.assert_status(TaskState::Running, "draining: 3 connections open", "");
     // One quiet look is not enough: a connection may be on its way.
@@ -400,6 +404,8 @@ fn connections_end_before_the_task_does() {
 fn draining_has_an_end() {
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    // One that takes new connections all the while ends, too.
+    single.step("close", Outcome::Failed("no map".into()));
     for _ in 0..10 {
         single.step("look", saw(&[TCP], 1));
     }
@@ -408,6 +414,7 @@ fn draining_has_an_end() {
     // Cut short by a later word.
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 1));
     single.step("look", saw(&[TCP], 1));
     assert_eq!(steps(&mut single.core), ["look"]);
@@ -418,6 +425,7 @@ fn draining_has_an_end() {
     // And by the task's own end.
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("close", Outcome::Done);
     assert_eq!(steps(&mut single.core), ["look"]);
     single.core.handle_outcome(3, single.id, Outcome::Ended(exit(0)));
     single.core.handle_outcome(3, single.id, saw(&[], 0));
@@ -449,10 +457,13 @@ fn draining_is_told_once_a_second() {
 fn a_restart_while_draining_drains_anew_with_its_interfaces() {
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 1));
     let found = || vec![(single.id, FoundState::Running { netns: netns(), pid: 42 })];
     let mut core = Core::restore(9, single.core.kept(), found());
     assert_eq!(steps(&mut core), ["watch", "attach"]);
+    core.handle_outcome(9, single.id, Outcome::Done);
+    assert_eq!(steps(&mut core), ["close"]);
     core.handle_outcome(9, single.id, Outcome::Done);
     assert_eq!(steps(&mut core), ["look"]);
     // Without interfaces there is nothing to wait for.
@@ -548,6 +559,34 @@ fn restarts_without_managers_keep_to_the_policy() {
     // A start that fails is an attempt too.
     single.step("prepare", Outcome::Failed("no cgroup2".into()));
     single.assert_status(TaskState::Rejected, "preparing", "no cgroup2");
+}
+
+#[test]
+fn one_that_ended_while_meshd_was_away_is_started_again_and_counted_on() {
+    let mut assignment = task(1, TaskState::Running);
+    assignment.spec.restart.max_attempts = Some(2);
+    let mut single = Single::running();
+    single.core.handle_assign(2, vec![assignment]);
+    ended_alone(&mut single, 1);
+    single.step("pause", Outcome::Done);
+    single.step("prepare", Outcome::Prepared(netns()));
+    single.step("attach", Outcome::Done);
+    single.step("start", Outcome::Started(43));
+    let found = || vec![(TaskId::from_bits(1), FoundState::Exited(exit(4)))];
+    for left in [true, false] {
+        let core = Core::restore(9, single.core.kept(), found());
+        single = Single { core, id: TaskId::from_bits(1) };
+        single.step("detach", Outcome::Done);
+        single.core.handle_managers(10, Managers::Away);
+        if !left {
+            single.assert_status(TaskState::Failed, "started", "task: non-zero exit (4)");
+            break;
+        }
+        single.step("pause", Outcome::Done);
+        single.step("prepare", Outcome::Prepared(netns()));
+        let message = "restarted 2 times while no manager was reached";
+        single.assert_status(TaskState::Running, message, "");
+    }
 }
 
 /// What exists of one task in the simulated node.
@@ -720,6 +759,10 @@ impl Real {
                 Outcome::Started(1)
             }
             Step::Pause => Outcome::Done,
+            Step::Close => {
+                assert!(self.running && self.plugged, "closed while it is not there: {self:?}");
+                Outcome::Done
+            }
             Step::Look(_) => Outcome::Looked(Sockets::default(), Duration::from_millis(100)),
             Step::Watch => match &self.ended {
                 Some(exit) => Outcome::Ended(exit.clone()),

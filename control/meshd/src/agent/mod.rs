@@ -53,6 +53,13 @@ pub trait Plumber: Send + Sync {
     /// The reason for the user; a task that does not run yet is rejected with it.
     async fn attach(&self, task: &TaskAssignment, netns: &Path) -> anyhow::Result<()>;
 
+    /// Gives new connections of a task that is about to end to others, whoever sends them to it;
+    /// those that it has go on.
+    ///
+    /// # Errors
+    /// It ends all the same then.
+    async fn close(&self, task: TaskId) -> anyhow::Result<()>;
+
     /// Unplugs a task, whose namespace may be gone already. One that was never plugged is fine.
     ///
     /// # Errors
@@ -396,6 +403,7 @@ impl Hands {
             }
             Step::Start => return Ok(Outcome::Started(self.executor.start(task).await?)),
             Step::Attach(assignment, netns) => self.plumber.attach(&assignment, &netns).await?,
+            Step::Close => self.plumber.close(task).await?,
             Step::Detach => self.plumber.detach(task).await?,
             Step::Stop { signal, grace } => self.executor.stop(task, signal, grace).await?,
             Step::Remove => self.executor.remove(task).await?,
@@ -427,6 +435,7 @@ impl Step {
             Self::Watch => "watching",
             Self::Look(_) => "looking at the sockets",
             Self::Stop { .. } => "stopping",
+            Self::Close => "closing to new connections",
             Self::Detach => "detaching the network",
             Self::Remove => "removing",
             Self::Pause => "pausing",

@@ -106,6 +106,10 @@ impl Plumber for Fake {
         anyhow::ensure!(!self.refuse_to_attach.load(Ordering::Relaxed), "no device");
         Ok(())
     }
+    async fn close(&self, _: TaskId) -> anyhow::Result<()> {
+        self.note("close");
+        Ok(())
+    }
     async fn detach(&self, _: TaskId) -> anyhow::Result<()> {
         self.note("detach");
         Ok(())
@@ -183,6 +187,7 @@ impl Drop for Fixture {
 async fn a_task_is_run_reported_and_removed() {
     let fixture = Fixture::new("run");
     let handle = fixture.start().await;
+    handle.set_managed(true);
     handle.assign(vec![fixture.task.clone()]);
     fixture.until(&handle, TaskState::Running).await;
     assert_eq!(fixture.fake.notes(), ["prepare", "attach /proc/1/ns/net", "start"]);
@@ -227,7 +232,9 @@ async fn a_server_is_waited_for_at_both_ends() {
     assert!(!fixture.fake.notes().contains(&"stop 15".to_owned()));
     set(&[(Protocol::Tcp, 80)], &[]);
     fixture.until(&handle, TaskState::Shutdown).await;
-    assert!(fixture.fake.notes().contains(&"stop 15".to_owned()));
+    let notes = fixture.fake.notes();
+    let at = |what: &str| notes.iter().position(|note| note == what).unwrap();
+    assert!(at("close") < at("stop 15"), "{notes:?}");
 }
 
 #[tokio::test]
@@ -263,7 +270,8 @@ async fn a_restarted_agent_goes_on_without_a_manager() {
     drop(handle);
     let handle = fixture.start().await;
     fixture.until(&handle, TaskState::Running).await;
-    // It is plugged again, and watched.
+    // It is plugged again, and watched. What follows its end is the managers' to say.
+    handle.set_managed(true);
     fixture.fake.end(fixture.task.id, 0);
     fixture.until(&handle, TaskState::Complete).await;
     let notes = fixture.fake.notes();
@@ -275,6 +283,7 @@ async fn a_restarted_agent_goes_on_without_a_manager() {
 async fn what_cannot_be_run_is_rejected_with_the_remedy() {
     let mut fixture = Fixture::new("reject");
     let handle = fixture.start().await;
+    handle.set_managed(true);
     fixture.task.spec.runtime = Runtime::Oci;
     handle.assign(vec![fixture.task.clone()]);
     let status = fixture.until(&handle, TaskState::Rejected).await;

@@ -51,6 +51,10 @@ enum Request {
         interfaces: Vec<InterfaceSpec>,
         done: oneshot::Sender<Result<()>>,
     },
+    Close {
+        task: TaskId,
+        done: oneshot::Sender<Result<()>>,
+    },
     Detach {
         task: TaskId,
         done: oneshot::Sender<Result<()>>,
@@ -103,6 +107,11 @@ impl Handle {
         interfaces: Vec<InterfaceSpec>,
     ) -> Result<()> {
         self.ask(|done| Request::Attach { task, netns, interfaces, done }).await?
+    }
+
+    /// Gives new flows of a task to others from now on. One that is not plugged in is fine.
+    pub(crate) async fn close(&self, task: TaskId) -> Result<()> {
+        self.ask(|done| Request::Close { task, done }).await?
     }
 
     /// Unplugs a task. One that is not plugged in is fine.
@@ -260,6 +269,9 @@ impl Driver {
             Request::Attach { task, netns, interfaces, done } => {
                 let _ = done.send(self.attach(task, netns, interfaces).await);
             }
+            Request::Close { task, done } => {
+                let _ = done.send(self.close(task).await);
+            }
             Request::Detach { task, done } => {
                 if let Some(lease) = self.leases.remove(&task) {
                     let report = self.engine.detach(&lease).await;
@@ -298,6 +310,16 @@ impl Driver {
         let lease = self.engine.attach(&netns, &interfaces).await?;
         self.leases.insert(task, lease);
         self.keep_leases();
+        Ok(())
+    }
+
+    async fn close(&mut self, task: TaskId) -> Result<()> {
+        let Some(lease) = self.leases.get_mut(&task) else { return Ok(()) };
+        lease.closed = true;
+        let lease = lease.clone();
+        let report = self.engine.close(&lease).await;
+        self.keep_leases();
+        anyhow::ensure!(self.judge(report), "the kernel is not as desired; see the log");
         Ok(())
     }
 

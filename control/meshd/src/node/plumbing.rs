@@ -104,6 +104,11 @@ impl Plumber for Plumbing {
             .context("the task has no resolver")
     }
 
+    async fn close(&self, task: TaskId) -> Result<()> {
+        self.wait_resumed().await;
+        self.dataplane.close(task).await
+    }
+
     async fn detach(&self, task: TaskId) -> Result<()> {
         self.wait_resumed().await;
         if self.lock().remove(&task).is_some() {
