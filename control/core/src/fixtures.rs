@@ -15,7 +15,8 @@ use crate::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, Rejection},
     leader::{LeaderMemory, decide},
     model::{
-        ClusterSpec, NodeDescription, NodeSpec, NodeState, NodeStatus, Role, Service, Stop, Task,
+        ClusterSpec, Node, NodeDescription, NodeSpec, NodeState, NodeStatus, Role, Service, Stop,
+        Task,
     },
     store::Store,
 };
@@ -221,7 +222,7 @@ impl Bench {
         self.apply(Command::ReportTasks { node, statuses: vec![(task, status)] }).unwrap();
     }
 
-    /// Nodes do at once what they are told, until all rests.
+    /// Nodes that are not down do at once what they are told, until all rests.
     pub(crate) fn run(&mut self) {
         for _ in 0..200 {
             self.settle();
@@ -231,6 +232,7 @@ impl Bench {
                 .values()
                 .filter(|task| task.status.state >= TaskState::Assigned)
                 .filter(|task| !task.status.state.is_final())
+                .filter(|task| !self.is_deaf(task))
                 .filter_map(|task| {
                     let goal = told(task);
                     (task.status.state < goal).then_some((task.id, goal))
@@ -244,6 +246,11 @@ impl Bench {
             }
         }
         panic!("the cluster does not come to rest");
+    }
+
+    /// Whether a task's node hears nothing now.
+    pub(crate) fn is_deaf(&self, task: &Task) -> bool {
+        task.node.and_then(|id| self.store.nodes.get(&id)).is_none_or(Node::is_down)
     }
 
     /// The tasks of a service that are not over.

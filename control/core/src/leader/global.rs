@@ -4,7 +4,7 @@
 use mesh_types::task::TaskState;
 
 use super::{
-    restart,
+    restart::{self, Standing},
     scheduler::takes,
     update::{self, Standings},
     view::{Place, Places, Round, occupant},
@@ -28,7 +28,11 @@ pub(super) fn plan(round: &mut Round<'_>, service: &Service, places: &Places<'_>
             standings.moves(*place);
             continue;
         }
-        let standing = restart::tend(round, service, *place, tasks, task);
+        let mut standing = restart::tend(round, service, *place, tasks, task);
+        if standing == Standing::Moving && round.is_deaf(*node) {
+            // It follows when its node is back; nobody waits for that.
+            standing = Standing::Settled;
+        }
         standings.stands(*place, standing);
     }
     for node in round.store.nodes.values() {

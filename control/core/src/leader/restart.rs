@@ -5,10 +5,11 @@ use mesh_types::{spec::RestartCondition, task::TaskState};
 use super::view::{Place, Round};
 use crate::{
     command::TaskChange,
-    model::{Node, Service, Task},
+    model::{Service, Task},
 };
 
-/// A successor waits this long for its predecessor's end, then starts all the same (as Swarm's).
+/// A successor waits this long for its predecessor's end where the node can be told, then starts all
+/// the same (as Swarm's).
 const STOP_WAIT_MS: u64 = 60_000;
 
 /// What the restart policy says of a task that ended.
@@ -153,25 +154,9 @@ pub(super) fn hand_over(round: &mut Round<'_>, service: &Service, old: &Task, ne
     }
 }
 
-/// Whether a task of the place is on its way down, on a node that can tell. One whose daemon is
-/// silent is waited for no longer than its successor waits.
-pub(super) fn stopping(round: &mut Round<'_>, tasks: &[&Task]) -> bool {
-    let mut found = false;
-    for task in tasks {
-        if task.desired <= TaskState::Running || !round.blocks(task) {
-            continue;
-        }
-        let node = task.node.and_then(|id| round.store.nodes.get(&id));
-        let deadline = task.meta.updated_ms.saturating_add(STOP_WAIT_MS);
-        if node.is_some_and(Node::is_down) {
-            if round.now_ms >= deadline {
-                continue;
-            }
-            round.wake(deadline);
-        }
-        found = true;
-    }
-    found
+/// Whether a task of the place is on its way down, on a node that can tell.
+pub(super) fn stopping(round: &Round<'_>, tasks: &[&Task]) -> bool {
+    tasks.iter().any(|task| task.desired > TaskState::Running && round.blocks(task, None))
 }
 
 /// Lets a task that waits go on to run: its delay is over, and what was there before it has ended.
@@ -185,7 +170,7 @@ pub(super) fn release(round: &mut Round<'_>, tasks: &[&Task]) {
         let blocked = tasks
             .iter()
             .take(index)
-            .any(|before| task.replaces != Some(before.id) && round.blocks(before));
+            .any(|before| task.replaces != Some(before.id) && round.blocks(before, task.node));
         let deadline = start.max(task.meta.created_ms.saturating_add(STOP_WAIT_MS));
         let due = if blocked { deadline } else { start };
         if round.now_ms >= due {

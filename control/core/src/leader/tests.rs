@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use mesh_types::{
     NodeId, ServiceId, TaskId,
-    spec::{FailureAction, RestartCondition, ServiceMode, UpdateOrder},
+    spec::{FailureAction, RestartCondition, ServiceMode, ServiceSpec, UpdateOrder},
     task::TaskState,
 };
 
@@ -393,6 +393,43 @@ fn a_node_whose_daemon_alone_is_silent_keeps_its_tasks() {
     bench.run();
     assert_eq!((bench.live(web).len(), bench.running(web)), (2, 2));
     assert!(bench.store.tasks.values().any(|t| t.status.state == TaskState::Orphaned));
+}
+
+/// What runs there serves on, cannot be told to end, and may never be.
+#[test]
+fn a_roll_out_goes_on_past_a_node_whose_daemon_is_down() {
+    let orders = [UpdateOrder::StopFirst, UpdateOrder::StartFirst];
+    let modes = [replicas(3), ServiceMode::Global];
+    for (order, mode) in orders.into_iter().flat_map(|order| modes.map(|mode| (order, mode))) {
+        let mut bench = Bench::with_nodes(3);
+        let web = bench.create_service(1, ServiceSpec { mode, ..service("web", 3, &[]) });
+        bench.run();
+        bench.node_status(3, NodeState::Down, false);
+        bench
+            .update_service(web, |spec| {
+                spec.task.force_update += 1;
+                spec.update.order = order;
+            })
+            .unwrap();
+        let begin_ms = bench.now_ms;
+        bench.run();
+        while status(&bench, web).0 != UpdateState::Completed {
+            bench.now_ms = bench.settle().expect("an end of the update");
+            bench.run();
+        }
+        let took_ms = bench.now_ms - begin_ms;
+        assert!(took_ms < 10_000, "{order:?} {mode:?} took {took_ms} ms");
+        let old: Vec<_> = (bench.live(web).into_iter())
+            .filter(|task| bench.store.services[&web].outdates(task))
+            .map(|task| (task.status.state, told(task)))
+            .collect();
+        assert_eq!(old, [(TaskState::Running, TaskState::Shutdown)], "{order:?} {mode:?}");
+        bench.node_state(3, NodeState::Ready);
+        finish(&mut bench);
+        assert_eq!((bench.live(web).len(), bench.running(web)), (3, 3), "{order:?} {mode:?}");
+        let service = &bench.store.services[&web];
+        assert!(bench.live(web).iter().all(|task| !service.outdates(task)));
+    }
 }
 
 #[test]

@@ -106,7 +106,12 @@ pub(super) fn plan(
     for place in standings.outdated.iter().take(free) {
         let Some(tasks) = places.get(place) else { continue };
         let Some(task) = occupant(tasks) else { continue };
-        match policy.order {
+        // Beside the old one, on a node that cannot start it, the new one would never take over.
+        let order = match place {
+            Place::Node(node) if round.is_deaf(*node) => UpdateOrder::StopFirst,
+            _ => policy.order,
+        };
+        match order {
             UpdateOrder::StopFirst => restart::replace(round, service, *place, tasks, task, 0),
             UpdateOrder::StartFirst => restart::succeed(round, service, *place, tasks, task),
         }

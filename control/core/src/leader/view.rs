@@ -134,32 +134,38 @@ impl<'a> Round<'a> {
         delay_ms: u64,
         replaces: Option<TaskId>,
     ) {
-        let blocks = |task: &&Task| Some(task.id) != replaces && self.blocks(task);
+        let (slot, node) = match place {
+            Place::Slot(slot) => (Some(slot), None),
+            Place::Node(node) => (None, Some(node)),
+        };
+        let blocks = |task: &&Task| Some(task.id) != replaces && self.blocks(task, node);
         let waits = delay_ms > 0 || there.iter().any(blocks);
         let (desired, start_at_ms) = if waits {
             (TaskState::Ready, Some(self.now_ms.saturating_add(delay_ms)))
         } else {
             (TaskState::Running, None)
         };
-        let (slot, node) = match place {
-            Place::Slot(slot) => (Some(slot), None),
-            Place::Node(node) => (None, Some(node)),
-        };
         let id = TaskId::from_bits((self.fresh)());
         let service = service.id;
         self.push(TaskChange::Create { id, service, slot, node, desired, start_at_ms, replaces });
     }
 
-    /// Whether a task's successor has to wait for it: it has not ended, and its node may tell.
-    pub(super) fn blocks(&self, task: &Task) -> bool {
-        // A node that was down before it heard of a task has nothing of it.
-        let unheard = |node| {
-            task.status.state == TaskState::Assigned
-                && self.store.nodes.get(&node).is_some_and(Node::is_down)
+    /// Whether a task's successor has to wait for it: it has not ended, and its node can be told to
+    /// end it. One whose daemon is down cannot be, may be for ever, and serves on meanwhile: it ends
+    /// when its node is heard again. (A successor on that very node has to wait for that anyway.)
+    pub(super) fn blocks(&self, task: &Task, successor: Option<NodeId>) -> bool {
+        let waits = |node| {
+            let same = successor == Some(node) && task.status.state > TaskState::Assigned;
+            !self.lost(node) && (same || !self.is_deaf(node))
         };
         !task.status.state.is_final()
             && task.status.state >= TaskState::Assigned
-            && task.node.is_some_and(|node| !self.lost(node) && !unheard(node))
+            && task.node.is_some_and(waits)
+    }
+
+    /// A node that can be told nothing now.
+    pub(super) fn is_deaf(&self, node: NodeId) -> bool {
+        self.store.nodes.get(&node).is_none_or(Node::is_down)
     }
 
     /// A node that was not heard for a moment: others are better for new tasks.
