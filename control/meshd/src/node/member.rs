@@ -175,8 +175,7 @@ impl Member {
             (facts.vtep, facts.vxlan_port),
             watched.clone(),
             gossip.accusations(),
-        )
-        .await?;
+        )?;
         let withdrawn = probes.withdrawn.clone();
         let applied_from = match options.fault_apply_late {
             0 => watched.clone(),
