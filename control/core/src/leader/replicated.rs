@@ -63,7 +63,8 @@ pub(super) fn plan(round: &mut Round<'_>, service: &Service, places: &Places<'_>
 }
 
 /// The slots to give up: first those that do not run, the least advanced first; then one by one
-/// from the node with the most copies. Among equals the highest slot goes.
+/// from the node with the most copies, of those that can be told. Among equals the highest slot
+/// goes.
 fn surplus(round: &Round<'_>, slots: &BTreeMap<u64, &Task>, replicas: usize) -> Vec<u64> {
     let mut excess = slots.len().saturating_sub(replicas);
     let mut victims = Vec::with_capacity(excess);
@@ -85,8 +86,10 @@ fn surplus(round: &Round<'_>, slots: &BTreeMap<u64, &Task>, replicas: usize) -> 
         }
     }
     while excess > 0 {
-        let fullest = copies.values_mut().max_by_key(|slots| (slots.len(), slots.last().copied()));
-        let Some(slot) = fullest.and_then(Vec::pop) else { break };
+        let hears = |node: NodeId| !round.is_silent(node) && !round.is_deaf(node);
+        let fullest = (copies.iter_mut().filter(|(_, slots)| !slots.is_empty()))
+            .max_by_key(|(node, slots)| (hears(**node), slots.len(), slots.last().copied()));
+        let Some(slot) = fullest.and_then(|(_, slots)| slots.pop()) else { break };
         victims.push(slot);
         excess -= 1;
     }

@@ -71,6 +71,24 @@ fn scaling_down_takes_what_does_not_run_first() {
     assert_eq!(left, kept);
 }
 
+/// One whose node hears nothing would go on all the same.
+#[test]
+fn scaling_down_takes_what_can_be_told_first() {
+    let mut bench = Bench::with_nodes(3);
+    let web = bench.create_service(1, service("web", 3, &[]));
+    bench.run();
+    let highest = bench.live(web).into_iter().max_by_key(|task| task.slot).unwrap();
+    let (id, node) = (highest.id, highest.node.unwrap());
+    bench.memory.silent.insert(node);
+    bench.update_service(web, |spec| spec.mode = replicas(2)).unwrap();
+    bench.run();
+    assert_eq!((bench.running(web), bench.live(web).len()), (2, 2));
+    assert!(bench.live(web).iter().any(|task| task.id == id));
+    bench.update_service(web, |spec| spec.mode = replicas(0)).unwrap();
+    bench.run();
+    assert_eq!(bench.live(web).len(), 0);
+}
+
 #[test]
 fn a_failing_command_is_paced() {
     let mut bench = Bench::with_nodes(1);
