@@ -137,24 +137,25 @@ fn a_dead_daemon_fails_no_request(c: &Cluster) -> Result<()> {
     let report = under_load(c, || {
         scale(c, 6)?;
         scale(c, 3)?;
-        let old: BTreeSet<_> = c.running("web")?.into_iter().map(|task| task.id).collect();
+        let old = ids(c, "web")?;
         let there = c.running("web")?.iter().filter(|task| task.node == "w2").count();
         // What runs on the dead daemon's node cannot be told to end, and goes on.
         let options = "--update-order start-first --update-parallelism 1";
         c.meshctl("m1", &format!("service update --detach --force {options} web"))?.ok()?;
         eventually("new tasks beside the dead daemon's", ROLL_OUT, || {
-            let tasks = c.running("web")?;
+            let mut tasks = c.tasks("web")?;
+            tasks.retain(|task| task.state == "running");
             let fresh = tasks.iter().filter(|task| !old.contains(&task.id)).count();
-            ensure!(fresh == 3 && tasks.len() == 3 + there, "{fresh} new, {there} on w2");
+            ensure!(
+                fresh == 3 && tasks.len() == 3 + there,
+                "{fresh} of {} new, {there} on w2",
+                tasks.len()
+            );
             Ok(())
         })
     });
     c.lab.start("w2")?;
-    eventually("w2 to be ready again", SOON, || {
-        let nodes = c.meshctl("m1", "node ls")?.ok()?;
-        ensure!(row_of(&nodes, "w2").contains("Ready"), "{nodes}");
-        Ok(())
-    })?;
+    c.wait_node("m1", "w2", "Ready")?;
     report?.none_failed()
 }
 
