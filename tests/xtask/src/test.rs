@@ -54,7 +54,7 @@ pub(crate) fn run(filter: Option<&str>, with_vms: bool) -> Result<()> {
         });
     }
     part("unit, property and namespace tests", &|| {
-        let mut tests = with(&["test", "--workspace", "--quiet"], filter);
+        let mut tests = with(&["test", "--workspace", "--quiet", "--no-fail-fast"], filter);
         visible(tests.env("MESH_TESTS_NO_LABS", "1"))
     });
     part("labs", &|| visible(&mut with(&["test", "--workspace", "--test", "lab"], filter)));

@@ -8,8 +8,8 @@ use crate::{
     model::{Service, Task},
 };
 
-/// A successor waits this long for its predecessor's end where the node can be told, then starts all
-/// the same (as Swarm's).
+/// A successor waits this long for its predecessor's end where the node can be told, then starts
+/// all the same (as Swarm's).
 const STOP_WAIT_MS: u64 = 60_000;
 
 /// What the restart policy says of a task that ended.

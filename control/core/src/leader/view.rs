@@ -151,8 +151,8 @@ impl<'a> Round<'a> {
     }
 
     /// Whether a task's successor has to wait for it: it has not ended, and its node can be told to
-    /// end it. One whose daemon is down cannot be, may be for ever, and serves on meanwhile: it ends
-    /// when its node is heard again. (A successor on that very node has to wait for that anyway.)
+    /// end it. One whose daemon is down cannot be, may be for ever, and serves on meanwhile: it
+    /// ends when its node is heard again. (A successor on that very node waits for that anyway.)
     pub(super) fn blocks(&self, task: &Task, successor: Option<NodeId>) -> bool {
         let waits = |node| {
             let same = successor == Some(node) && task.status.state > TaskState::Assigned;
