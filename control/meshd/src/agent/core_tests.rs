@@ -760,7 +760,8 @@ impl Real {
             }
             Step::Pause => Outcome::Done,
             Step::Close => {
-                assert!(self.running && self.plugged, "closed while it is not there: {self:?}");
+                // It may have ended by itself meanwhile.
+                assert!(self.plugged, "closed while it is not plugged: {self:?}");
                 Outcome::Done
             }
             Step::Look(_) => Outcome::Looked(Sockets::default(), Duration::from_millis(100)),

@@ -175,7 +175,7 @@ impl Agent {
 }
 
 /// Passes on whether there are managers: at once when they are lost or back, late that they are
-/// away. Before the first of them is reached, as after a start, none is lost.
+/// away. As after a start, they are lost until the first of them is reached.
 async fn tell_managers(
     mut managed: watch::Receiver<bool>,
     inputs: mpsc::WeakUnboundedSender<Input>,
@@ -184,12 +184,8 @@ async fn tell_managers(
         Some(inputs) => inputs.send(Input::Managers(managers)).is_ok(),
         None => false,
     };
-    let mut reached = false;
     loop {
-        if managed.wait_for(|managed| !managed).await.is_err() {
-            return;
-        }
-        if reached && !tell(Managers::Lost) {
+        if !tell(Managers::Lost) {
             return;
         }
         let back = timeout(ALONE_AFTER, managed.wait_for(|managed| *managed));
@@ -204,8 +200,7 @@ async fn tell_managers(
                 tracing::info!("managers decide again about tasks that end");
             }
         }
-        reached = true;
-        if !tell(Managers::There) {
+        if !tell(Managers::There) || managed.wait_for(|managed| !managed).await.is_err() {
             return;
         }
     }
