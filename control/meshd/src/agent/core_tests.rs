@@ -438,6 +438,7 @@ fn draining_has_an_end() {
 fn draining_is_told_once_a_second() {
     let mut single = running_server();
     single.core.handle_assign(3, vec![server(TaskState::Shutdown, 10_000)]);
+    single.step("close", Outcome::Done);
     let mut told = Vec::new();
     for open in 1..=30 {
         single.step("look", saw(&[TCP], open));
