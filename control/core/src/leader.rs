@@ -41,6 +41,9 @@ pub struct LeaderMemory {
     pub acked: std::collections::BTreeMap<NodeId, Revision>,
     /// Nodes that were not heard for two seconds: nobody waits for their word.
     pub silent: std::collections::BTreeSet<NodeId>,
+    /// The leader is new: those that are silent to it may have spoken to others, and are waited for
+    /// all the same.
+    pub listening: bool,
 }
 
 /// One round. Level-triggered: called on every change of the store and at `wake_at_ms`; with

@@ -79,7 +79,8 @@ impl<'a> Round<'a> {
         fresh: &'a mut dyn FnMut() -> u128,
     ) -> Self {
         let (changes, ending) = (Vec::new(), BTreeSet::new());
-        let heard = |node: &&Node| !node.is_down() && !memory.silent.contains(&node.id);
+        let silent = |node: &Node| memory.silent.contains(&node.id) && !memory.listening;
+        let heard = |node: &&Node| !node.is_down() && !silent(node);
         let acked = store
             .nodes
             .values()
