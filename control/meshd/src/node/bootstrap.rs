@@ -28,7 +28,7 @@ use crate::{
     identity::{self, Identity},
     options::Options,
     pki::{self, Root, Subject},
-    rpc::{CallError, RpcClient, client, messages},
+    rpc::{CallError, RpcClient, RpcErrorKind, client, messages},
     tls::ClientTls,
 };
 
@@ -210,8 +210,11 @@ async fn admitted(
         for address in addresses {
             match client::join(address, key_pem, token.digest, call, JOIN_PATIENCE).await {
                 Ok(answer) => return Ok(answer),
-                // A manager's own word about the token is final; so is a root that is not pinned.
-                Err(CallError::Refused(error)) => return Err(ApiError::internal(error.message)),
+                // A manager's own word about the token is final. One that starts, or has no
+                // majority, said nothing about it.
+                Err(CallError::Refused(error)) if error.kind != RpcErrorKind::Unavailable => {
+                    return Err(ApiError::internal(error.message));
+                }
                 Err(error) => last = Some(error),
             }
         }
