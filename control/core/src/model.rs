@@ -52,6 +52,10 @@ pub struct Cluster {
     pub next_node: NodeNumber,
     /// The next VNI to lease (wraps, skipping those in use).
     pub next_vni: Vni,
+    /// Managers that were removed, the oldest first. Their certificates are good for a while, their
+    /// word in raft is not.
+    #[serde(default)]
+    pub removed_managers: Vec<NodeId>,
 }
 
 /// What the operator set for the cluster.

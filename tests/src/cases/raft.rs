@@ -17,7 +17,8 @@ use crate::cluster::{Cluster, SOON, eventually, field, list, row_of};
 
 group!("raft": a_leader_is_cut_off, a_leader_is_heard_but_does_not_hear,
     a_leader_hears_but_is_not_heard, a_manager_that_comes_back_unseats_nobody,
-    two_of_five_die_at_once, what_clients_see_is_linearizable, a_lost_disk_is_no_vote);
+    two_of_five_die_at_once, what_clients_see_is_linearizable, a_lost_disk_is_no_vote,
+    a_manager_removed_while_cut_off_ends_its_tasks);
 
 const MANAGERS: [&str; 5] = ["m1", "m2", "m3", "m4", "m5"];
 /// The promise after a partition.
@@ -323,6 +324,47 @@ fn a_lost_disk_is_no_vote(c: &Cluster) -> Result<()> {
     let nodes = c.meshctl(lost, "node ls")?.ok()?;
     ensure!(!row_of(&nodes, lost).is_empty(), "{nodes}");
     c.meshctl(lost, "network inspect with-its-vote")?.ok().map(drop)
+}
+
+/// Its addresses may be others' by now, and its own store never hears of that.
+fn a_manager_removed_while_cut_off_ends_its_tasks(c: &Cluster) -> Result<()> {
+    all_reachable(c)?;
+    let away = if c.leader("m1")? == "m5" { "m4" } else { "m5" };
+    c.service(&format!("--name stays --constraint node.hostname=={away}"), "sleep infinity")?;
+    let task = c.wait_running("stays", 1)?.pop().context("no task")?;
+    let inspect = c.lab.call("m1", "GET", &format!("/tasks/{}", task.id), None)?;
+    let pid = inspect["Status"]["ContainerStatus"]["PID"].as_u64().context("no pid")?;
+    c.lab.partition(&[vec![away.to_owned()], but(away)], false)?;
+    let removed = eventually("it to be removed", SOON, || {
+        c.meshctl("m1", &format!("node rm --force {away}"))?.ok()
+    });
+    // Started anew, it turns to itself first.
+    c.lab.end_daemon(away, DaemonSignal::Kill)?;
+    c.lab.start(away)?;
+    let up = eventually("it to be up", SOON, || c.meshctl(away, "node ls")?.refused(&["leader"]));
+    let runs = std::path::Path::new(&format!("/proc/{pid}")).exists();
+    c.lab.heal()?;
+    removed?;
+    up?;
+    ensure!(runs, "its task ended before it could know");
+    let ended = eventually("its task to end", SOON, || {
+        ensure!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "{pid} lives");
+        Ok(())
+    });
+    // And to stay so, whomever it asks next: its own store still has the task.
+    let begin = Instant::now();
+    let mut again = 0;
+    while begin.elapsed() < Duration::from_secs(3) {
+        let info = c.lab.call(away, "GET", "/info", None)?;
+        again = again.max(info["ContainersRunning"].as_u64().context("no count")?);
+        thread::sleep(Duration::from_millis(100));
+    }
+    c.meshctl(away, "swarm leave --force")?.ok()?;
+    let token = c.meshctl("m1", "swarm join-token -q manager")?.ok()?;
+    c.meshctl(away, &format!("swarm join --token {token} 192.0.2.11:2377"))?.ok()?;
+    ended?;
+    ensure!(again == 0, "it was started again");
+    all_reachable(c)
 }
 
 /// A file under a directory.

@@ -36,6 +36,7 @@ impl Store {
             next_endpoint: EndpointId::MIN,
             next_node: NodeNumber::MIN,
             next_vni: Vni::MIN,
+            removed_managers: Vec::new(),
         };
         // Built aside: should the ingress network find no subnet, nothing was written.
         let mut store = Self {

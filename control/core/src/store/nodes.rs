@@ -27,6 +27,9 @@ pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
     }
 }
 
+/// Removed managers that are remembered. Certificates run out long before so many are.
+const REMOVED_MAX: usize = 1024;
+
 impl Store {
     pub(super) fn add_node(&mut self, at: At, new: &NewNode) -> Result<Outcome, Rejection> {
         if self.nodes.contains_key(&new.id) {
@@ -104,6 +107,11 @@ impl Store {
             )));
         }
         let why = format!("node {} was removed from the cluster", node.name());
+        if let Some(cluster) = self.cluster.as_mut().filter(|_| node.spec.role == Role::Manager) {
+            let excess = (cluster.removed_managers.len() + 1).saturating_sub(REMOVED_MAX);
+            cluster.removed_managers.drain(..excess);
+            cluster.removed_managers.push(id);
+        }
         let orphans: Vec<TaskId> = self
             .tasks
             .values()
@@ -116,6 +124,16 @@ impl Store {
         self.local_gateways.remove(&id);
         self.nodes.remove(&id);
         Ok(Outcome::Done)
+    }
+
+    /// Whether a node is a manager, or may be one that this store has not heard of yet. (Its own
+    /// view may be what is old: a manager that was just started hears of others from one of them.)
+    #[must_use]
+    pub fn may_be_manager(&self, id: NodeId) -> bool {
+        match self.nodes.get(&id) {
+            Some(node) => node.spec.role == Role::Manager,
+            None => !self.cluster.as_ref().is_some_and(|c| c.removed_managers.contains(&id)),
+        }
     }
 
     fn managers(&self) -> usize {

@@ -330,6 +330,19 @@ fn nodes_are_removed_with_care() {
 }
 
 #[test]
+fn managers_that_were_removed_have_no_voice() {
+    let mut bench = Bench::with_nodes(1);
+    let (known, unheard_of) = (node_id(2), node_id(3));
+    assert!(bench.store.may_be_manager(unheard_of));
+    bench.apply(Command::AddNode(Box::new(new_node(2, Role::Manager)))).unwrap();
+    assert!(bench.store.may_be_manager(known));
+    bench.apply(Command::RemoveNode { id: known, force: true }).unwrap();
+    assert!(!bench.store.may_be_manager(known));
+    bench.apply(Command::AddNode(Box::new(new_node(4, Role::Worker)))).unwrap();
+    assert!(!bench.store.may_be_manager(node_id(4)));
+}
+
+#[test]
 fn a_decision_made_twice_does_no_harm() {
     let mut bench = Bench::with_nodes(1);
     let web = bench.create_service(1, service("web", 1, &[]));

@@ -16,7 +16,12 @@ use mesh_control::{
     token::JoinToken,
 };
 use mesh_raft::{ProposeError, RpcKind};
-use mesh_types::{NodeId, Revision, record::Scope, task::TaskAssignment};
+use mesh_types::{
+    NodeId, Revision,
+    record::{NodeRecord, RecordSet, Scope},
+    task::TaskAssignment,
+};
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{dataplane, exec, liveness::HEARTBEAT, manager::Manager};
@@ -37,6 +42,8 @@ use crate::{
 
 /// Changes within this time go out as one update.
 const GATHER: Duration = Duration::from_millis(5);
+/// A session begins once this manager is as far as the leader; longer it does not wait for that.
+const CATCH_UP: Duration = Duration::from_secs(3);
 
 /// What a node answers with. The parts come up one after the other, and the listener must be there
 /// first (raft needs it), so they are filled in as they start.
@@ -50,6 +57,8 @@ pub(crate) struct Handler {
     pub(crate) dataplane: OnceLock<dataplane::Handle>,
     /// Compares notes with others.
     pub(crate) gossip: OnceLock<Answers>,
+    /// Who is a manager, as this node was told.
+    pub(crate) records: OnceLock<watch::Receiver<Arc<RecordSet>>>,
 }
 
 fn unavailable(what: impl std::fmt::Display) -> RpcError {
@@ -73,6 +82,17 @@ fn not_proposed(error: &ProposeError) -> RpcError {
 impl Handler {
     fn manager(&self) -> Result<&Arc<Manager>, RpcError> {
         self.manager.get().ok_or_else(|| unavailable("this node is no manager, or still starting"))
+    }
+
+    /// Refuses one that is no manager any more, whatever its certificate says.
+    fn recorded(&self, caller: NodeId) -> Result<(), RpcError> {
+        let records =
+            self.records.get().ok_or_else(|| unavailable("the node is still starting"))?;
+        let manager = |node: &NodeRecord| node.manager && node.id == caller;
+        if records.borrow().nodes.values().any(manager) {
+            return Ok(());
+        }
+        Err(denied(format!("node {caller} is no manager that this node knows of")))
     }
 
     /// The counters of the data plane and of gossip.
@@ -106,6 +126,13 @@ impl Handler {
     }
 }
 
+/// Waits until this manager knows all that was done before.
+async fn current(manager: &Manager) -> Result<(), RpcError> {
+    let barrier = tokio::time::timeout(CATCH_UP, manager.raft.read_barrier()).await;
+    let late = |_| unavailable("this manager reaches no majority of the managers");
+    barrier.map_err(late)?.map(drop).map_err(unavailable)
+}
+
 #[async_trait]
 impl RpcHandler for Handler {
     async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
@@ -114,14 +141,15 @@ impl RpcHandler for Handler {
 
     async fn raft(&self, from: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
         // The store's word is final: a node that was demoted or removed has no voice. A manager
-        // that just started has no store yet, and must hear the leader to get one.
+        // that just started has no store yet, and must hear the leader to get one; one that is
+        // behind may not know its leader yet. The leader knows all.
         let manager = self.manager()?;
-        let refused = manager.raft.leadership().borrow().me_leader
-            && manager.raft.read(|store| {
-                store.cluster.is_some()
-                    && store.nodes.get(&from.node).is_none_or(|n| n.spec.role != Role::Manager)
-            });
-        if refused {
+        let leads = manager.raft.leadership().borrow().me_leader;
+        let heard = manager.raft.read(|store| {
+            let known = store.cluster.is_none() || store.nodes.contains_key(&from.node);
+            store.may_be_manager(from.node) && (known || !leads)
+        });
+        if !heard {
             return Err(denied(format!("node {} is no manager of this cluster", from.node)));
         }
         manager.raft.serve(kind, body).await.map_err(unavailable)
@@ -132,7 +160,11 @@ impl RpcHandler for Handler {
         from: Subject,
         request: SessionRequest,
     ) -> Result<BoxStream<'static, NodeUpdate>, RpcError> {
-        let manager = Arc::clone(self.known(from.node).await?);
+        let manager = Arc::clone(self.manager()?);
+        // One that is behind would send older tasks, and one that is cut off never learns that it,
+        // or the node, was removed.
+        current(&manager).await?;
+        self.known(from.node).await?;
         manager.heard(&[from.node]);
         let described = manager.described(from.node, request.description).await;
         described.map_err(|error| not_proposed(&error))?;
@@ -168,12 +200,12 @@ impl RpcHandler for Handler {
         let manager = self.known(from.node).await?;
         manager.heard(&[from.node]);
         if from.role == Role::Manager {
-            manager.heard(&request.heard);
-            for (node, revision) in request.acks {
+            manager.heard(&manager.nodes_of(request.heard, |node| *node));
+            for (node, revision) in manager.nodes_of(request.acks, |(node, _)| *node) {
                 manager.acked(node, revision);
             }
         }
-        manager.reached(&request.reached);
+        manager.reached(&manager.nodes_of(request.reached, |node| *node));
         // What a manager passes on says nothing of its own kernel.
         if request.acked > Revision::MIN {
             manager.acked(from.node, request.acked);
@@ -191,16 +223,16 @@ impl RpcHandler for Handler {
 
     async fn exec(
         &self,
-        _from: Subject,
+        from: Subject,
         request: ExecRequest,
         input: FrameReader<ExecInput>,
         output: FrameWriter<ExecOutput>,
     ) {
-        match self.agent.get() {
-            Some(agent) => exec::serve(agent, request, input, output).await,
-            None => {
-                let starting = ExecOutput::Failed("the node is still starting".to_owned());
-                let _ = output.send(&starting).await;
+        let agent = self.agent.get().ok_or_else(|| unavailable("the node is still starting"));
+        match self.recorded(from.node).and(agent) {
+            Ok(agent) => exec::serve(agent, request, input, output).await,
+            Err(error) => {
+                let _ = output.send(&ExecOutput::Failed(error.message)).await;
             }
         }
     }
@@ -213,7 +245,8 @@ impl RpcHandler for Handler {
         })
     }
 
-    async fn stats(&self, _from: Subject) -> Result<StatsResponse, RpcError> {
+    async fn stats(&self, from: Subject) -> Result<StatsResponse, RpcError> {
+        self.recorded(from.node)?;
         Ok(StatsResponse { counters: self.counters().await? })
     }
 
@@ -326,4 +359,32 @@ async fn admit(
         address,
         data_path_port: cluster.spec.data_path_port,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use mesh_types::{ClusterId, NodeNumber};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_removed_manager_runs_nothing_here_any_more() {
+        let (handler, node) = (Handler::default(), NodeId::from_bits(7));
+        let from = Subject { node, role: Role::Manager, cluster: ClusterId::from_bits(1) };
+        let kind = |answer: Result<StatsResponse, RpcError>| answer.unwrap_err().kind;
+        assert_eq!(kind(handler.stats(from).await), RpcErrorKind::Unavailable);
+        let address = IpAddr::from([192, 0, 2, 1]);
+        let number = NodeNumber::MIN;
+        let name = "m1".to_owned();
+        let record = NodeRecord { id: node, number, name, vtep: address, address, manager: true };
+        let mut records = RecordSet::default();
+        records.nodes.insert(number, record);
+        let (records, watched) = watch::channel(Arc::new(records));
+        let _ = handler.records.set(watched);
+        assert_eq!(handler.recorded(node), Ok(()));
+        records.send_modify(|records| Arc::make_mut(records).nodes.clear());
+        assert_eq!(kind(handler.stats(from).await), RpcErrorKind::Denied);
+    }
 }

@@ -84,6 +84,13 @@ impl Manager {
         self.raft.propose(proposal).await.map(|applied| applied.outcome)
     }
 
+    /// Of what another node says, that which is about nodes of the cluster: the rest would be kept
+    /// for nobody.
+    pub(crate) fn nodes_of<T>(&self, mut said: Vec<T>, of: impl Fn(&T) -> NodeId) -> Vec<T> {
+        self.raft.read(|store| said.retain(|item| store.nodes.contains_key(&of(item))));
+        said
+    }
+
     /// A node was heard, directly or through another manager.
     pub(crate) fn heard(&self, nodes: &[NodeId]) {
         let now = clock::monotonic();
@@ -201,9 +208,10 @@ impl Manager {
         let mut led_term = None;
         let mut wake = Instant::now();
         loop {
+            // Neither changes any more once raft has stopped, over a full disk for one.
             tokio::select! {
-                _ = revisions.changed() => {}
-                _ = leadership.changed() => {}
+                Ok(()) = revisions.changed() => {}
+                Ok(()) = leadership.changed() => {}
                 () = self.news.notified() => tokio::time::sleep(GATHER).await,
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -238,8 +246,8 @@ impl Manager {
         let mut leadership = self.raft.leadership();
         loop {
             tokio::select! {
-                _ = revisions.changed() => {}
-                _ = leadership.changed() => {}
+                Ok(()) = revisions.changed() => {}
+                Ok(()) = leadership.changed() => {}
                 () = tokio::time::sleep(TICK) => {}
             }
             revisions.borrow_and_update();
@@ -262,8 +270,10 @@ impl Manager {
         }
         let now_ms = clock::wall_ms();
         memory.acked.clone_from(&lock(&self.acked));
-        memory.silent =
-            self.raft.read(|store| lock(&self.liveness).silent(store, clock::monotonic()));
+        (memory.silent, memory.listening) = self.raft.read(|store| {
+            let (now, liveness) = (clock::monotonic(), lock(&self.liveness));
+            (liveness.silent(store, now), liveness.listening(now))
+        });
         let decision =
             self.raft.read(|store: &Store| decide(store, memory, now_ms, &mut rand::random));
         for command in decision.commands {
@@ -332,4 +342,59 @@ pub(crate) trait AsyncForward: Send + Sync + 'static {
         address: std::net::SocketAddr,
         hearsay: Hearsay,
     ) -> impl Future<Output = ()> + Send;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use mesh_raft::{RaftConfig, RpcKind, Transport, TransportError};
+
+    use super::*;
+
+    struct Nobody;
+
+    #[async_trait]
+    impl Transport for Nobody {
+        async fn call(
+            &self,
+            _: NodeNumber,
+            _: SocketAddr,
+            _: RpcKind,
+            _: Bytes,
+            _: Duration,
+        ) -> Result<Bytes, TransportError> {
+            Err(TransportError::Unreachable("nobody is there".to_owned()))
+        }
+    }
+
+    impl AsyncForward for Nobody {
+        async fn forward(&self, _: NodeNumber, _: SocketAddr, _: Hearsay) {}
+    }
+
+    /// Of this thread, by the kernel's first figure: nanoseconds on a CPU.
+    fn busy() -> Duration {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// As when its disk is full: the node goes on, and needs the CPU for that.
+    #[tokio::test]
+    async fn a_manager_whose_raft_stopped_does_not_spin() {
+        let dir = std::env::temp_dir().join(format!("meshd-manager-{}", std::process::id()));
+        let address = (Ipv4Addr::LOCALHOST, 2377).into();
+        let config = RaftConfig::new(dir.clone(), NodeNumber::MIN, address, [1; 32]);
+        let raft = Raft::start(config, Arc::new(Nobody)).await.unwrap();
+        let manager = Manager::new(raft.clone());
+        raft.shutdown().await;
+        let began = busy();
+        let looked = Duration::from_millis(500);
+        let ran = tokio::time::timeout(looked, Arc::clone(&manager).run(Nobody)).await;
+        let busy = busy() - began;
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(ran.is_err(), "its loops ended");
+        assert!(busy < looked / 5, "it was busy for {busy:?} of {looked:?}");
+    }
 }

@@ -164,6 +164,7 @@ impl Member {
             }
         };
         let (records, watched) = watch::channel(Arc::new(persist::records(&options.state_dir)));
+        let _ = handler.records.set(watched.clone());
         let facts = dataplane::Facts {
             node: identity.number,
             vtep: settings.vtep,
