@@ -126,8 +126,8 @@ impl Store {
         Ok(Outcome::Done)
     }
 
-    /// Whether a node is a manager, or may be one that this store has not heard of yet. (Its own
-    /// view may be what is old: a manager that was just started hears of others from one of them.)
+    /// Whether a node is a manager, or may be one that this store has not heard of yet: what is old
+    /// may be this view.
     #[must_use]
     pub fn may_be_manager(&self, id: NodeId) -> bool {
         match self.nodes.get(&id) {

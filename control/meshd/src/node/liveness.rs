@@ -84,8 +84,8 @@ impl Liveness {
         recent(&self.reached, now, window)
     }
 
-    /// Nodes not heard for two seconds: nobody waits for their acknowledgements (unless this manager
-    /// is [listening](Self::listening)), and others are better for new tasks.
+    /// Nodes not heard for two seconds: others are better for new tasks, and nobody waits for their
+    /// acknowledgements unless this manager is [listening](Self::listening).
     pub(crate) fn silent(&self, store: &Store, now: Duration) -> BTreeSet<NodeId> {
         let heard = self.recent(now, SILENT).into_iter().collect();
         store.nodes.keys().copied().collect::<BTreeSet<_>>().difference(&heard).copied().collect()
