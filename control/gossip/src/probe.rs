@@ -220,6 +220,12 @@ impl Probes {
         }
     }
 
+    /// Whether each peer has answered or been withdrawn: right after a start nothing is known.
+    #[must_use]
+    pub fn judged(&self) -> bool {
+        self.peers.values().all(|peer| peer.known || peer.withdrawn)
+    }
+
     /// Peers whose endpoints get no new flows.
     #[must_use]
     pub fn withdrawn(&self) -> BTreeSet<NodeNumber> {

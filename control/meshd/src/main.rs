@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -107,13 +108,20 @@ async fn serve(options: Options) -> Result<()> {
     Ok(())
 }
 
+/// A daemon that was killed has its socket until the last of its threads is gone.
+const OLD_DAEMON_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Binds the API's socket, for root and the group of the daemon. A socket that an earlier daemon
 /// left is replaced; one that somebody answers on is not.
 fn listen(path: &Path) -> Result<UnixListener> {
     let parent = path.parent().context("the socket's path has no directory")?;
     fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        anyhow::bail!("another daemon serves {}: stop it first", path.display());
+    let patient_until = Instant::now() + OLD_DAEMON_PATIENCE;
+    while std::os::unix::net::UnixStream::connect(path).is_ok() {
+        if Instant::now() >= patient_until {
+            anyhow::bail!("another daemon serves {}: stop it first", path.display());
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -108,7 +108,9 @@ pub(crate) fn live_pid(file: &Path, cgroup: &Path) -> Option<Pid> {
         .lines()
         .filter_map(|line| line.strip_prefix("0::/"))
         .any(|path| Path::new(path).starts_with(below));
-    (ours && !matches!(state, 'Z' | 'X')).then(|| Pid::from_raw(pid))
+    // Its first thread may have ended while others still hold its sockets: it is not gone yet.
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    (ours && (threads > 1 || !matches!(state, 'Z' | 'X'))).then(|| Pid::from_raw(pid))
 }
 
 /// Kills every process of a cgroup and of those below it, and waits until none is left.

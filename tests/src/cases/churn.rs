@@ -210,20 +210,26 @@ fn kill_at_random(c: &Cluster, dice: &mut Dice, done: &AtomicUsize) -> Result<()
     thread::scope(|scope| {
         for _ in 0..KILLS {
             thread::sleep(Duration::from_millis(dice.below(500)));
-            let node = eventually("a daemon that lives", SOON, || {
+            let (node, killed) = eventually("a daemon that lives", SOON, || {
                 let name = dice.pick(&names).context("no nodes")?.clone();
                 let done = done.load(Ordering::Relaxed);
                 let manager = name.starts_with('m');
                 ensure!(!manager || done > done_then + 1, "a manager was killed before");
                 let rows = c.lab.ps();
                 let row = rows.iter().find(|row| row.name == name).context("no such node")?;
-                let pid = row.pid.context("it is dead")?.to_string();
+                let pid = row.pid.context("it is dead")?;
                 // Without the lab's lock, which is held while a daemon starts.
-                c.on("router", &["kill", "-KILL", &pid])?.ok()?;
+                c.on("router", &["kill", "-KILL", &pid.to_string()])?.ok()?;
                 done_then = if manager { done } else { done_then };
-                Ok(name)
+                Ok((name, pid))
             })?;
             scope.spawn(move || {
+                // One that is dying still counts as running, and would not be started.
+                let _ = eventually("its end", SOON, || {
+                    let same = |row: &mesh_lab::Row| row.name == node && row.pid == Some(killed);
+                    ensure!(!c.lab.ps().iter().any(same), "{killed} is still there");
+                    Ok(())
+                });
                 // It may be killed before it answers.
                 let _ = c.lab.start(&node);
             });

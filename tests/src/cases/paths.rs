@@ -9,6 +9,8 @@ use std::{
 
 use anyhow::{Result, ensure};
 
+use mesh_lab::DaemonSignal;
+
 use super::group;
 use crate::{
     cluster::{Cluster, WHOAMI},
@@ -16,7 +18,8 @@ use crate::{
 };
 
 group!("paths": a_cut_node_gets_no_requests_until_it_is_back,
-    a_node_cut_one_way_gets_no_requests, a_flapping_link_does_not_flap_services);
+    a_node_cut_one_way_gets_no_requests, a_started_daemon_sends_nobody_to_a_dead_peer,
+    a_flapping_link_does_not_flap_services);
 
 /// What a probe's verdict may take until the last balancer follows it.
 const SOON: Duration = Duration::from_secs(1);
@@ -92,6 +95,34 @@ fn a_cut_node_gets_no_requests_until_it_is_back(c: &Cluster) -> Result<()> {
 /// Replies do not arrive, or requests do not: either way nobody is served there.
 fn a_node_cut_one_way_gets_no_requests(c: &Cluster) -> Result<()> {
     cut_and_back(c, "m3", true)
+}
+
+/// A daemon that starts knows nothing of its peers yet: it must ask before it balances.
+fn a_started_daemon_sends_nobody_to_a_dead_peer(c: &Cluster) -> Result<()> {
+    c.network("app")?;
+    c.service("--name web --mode global --network app --publish 8080:80", WHOAMI)?;
+    let m2 = c.lab.node("m2")?.address;
+    c.lab.crash("w2")?;
+    let load = crate::cluster::eventually("m2 to leave w2 out", SOON * 5, || {
+        for _ in 0..10 {
+            let begin = Instant::now();
+            c.fetch("client", &format!("http://{m2}:8080/"))?;
+            ensure!(begin.elapsed() < SOON, "a request took {:?}", begin.elapsed());
+        }
+        Load::through(c, &[m2], 8080, RATE)
+    });
+    let Ok(load) = load else { return c.lab.start("w2").and(load.map(drop)) };
+    let restarted = c.lab.end_daemon("m2", DaemonSignal::Kill).and_then(|()| c.lab.start("m2"));
+    thread::sleep(Duration::from_millis(1500));
+    let report = load.stop();
+    c.lab.start("w2")?;
+    restarted?;
+    let report = report?;
+    println!("    {report}");
+    report.none_failed()?;
+    // A SYN to a dead peer is sent again after a second.
+    ensure!(report.max < SOON, "a request waited {:?}", report.max);
+    c.wait_node("m1", "w2", "Ready")
 }
 
 fn a_flapping_link_does_not_flap_services(c: &Cluster) -> Result<()> {

@@ -177,6 +177,7 @@ impl Member {
             watched.clone(),
             gossip.accusations(),
         )?;
+        probes.judged().await;
         let withdrawn = probes.withdrawn.clone();
         let applied_from = match options.fault_apply_late {
             0 => watched.clone(),

@@ -15,7 +15,7 @@ use tokio::{
     net::UdpSocket,
     sync::watch,
     task::AbortHandle,
-    time::{Interval, MissedTickBehavior, interval},
+    time::{Interval, MissedTickBehavior, interval, timeout},
 };
 
 use super::clock;
@@ -24,6 +24,8 @@ use crate::gossip::{Accusations, update};
 /// When nobody answers for this long, a socket at another port is tried: something on the way may
 /// have taken this one from us.
 const SOCKET_PATIENCE: Duration = Duration::from_secs(3);
+/// Twice as long as silence takes to show.
+const JUDGED_WITHIN: Duration = Duration::from_secs(1);
 /// Sockets that are tried for a port that no service publishes.
 const SOCKET_ATTEMPTS: usize = 16;
 
@@ -36,7 +38,17 @@ pub(crate) struct Handle {
     pub(crate) reached: watch::Receiver<BTreeSet<NodeNumber>>,
     /// Peers that this node finds silent as one of their watchers: for the others to know.
     pub(crate) silent: watch::Receiver<BTreeSet<NodeNumber>>,
+    judged: watch::Receiver<bool>,
     task: AbortHandle,
+}
+
+impl Handle {
+    /// Waits until each peer has answered or been withdrawn, or until that should long be so. A
+    /// daemon that starts must not put a dead peer back into the balancers for that moment.
+    pub(crate) async fn judged(&self) {
+        let mut judged = self.judged.clone();
+        let _ = timeout(JUDGED_WITHIN, judged.wait_for(|judged| *judged)).await;
+    }
 }
 
 impl Drop for Handle {
@@ -59,6 +71,7 @@ pub(crate) fn start(
     let (withdraw, withdrawn) = watch::channel(BTreeSet::new());
     let (reach, reached) = watch::channel(BTreeSet::new());
     let (tell, silent) = watch::channel(BTreeSet::new());
+    let (judge, judged) = watch::channel(false);
     let probes = Probes::new(own, limits);
     let shell = Shell {
         own,
@@ -73,9 +86,10 @@ pub(crate) fn start(
         withdraw,
         reach,
         tell,
+        judge,
     };
     let task = tokio::spawn(shell.run()).abort_handle();
-    Ok(Handle { withdrawn, reached, silent, task })
+    Ok(Handle { withdrawn, reached, silent, judged, task })
 }
 
 /// The UDP ports that services publish: what comes to one of them on this node is theirs, and an
@@ -116,6 +130,7 @@ struct Shell {
     withdraw: watch::Sender<BTreeSet<NodeNumber>>,
     reach: watch::Sender<BTreeSet<NodeNumber>>,
     tell: watch::Sender<BTreeSet<NodeNumber>>,
+    judge: watch::Sender<bool>,
 }
 
 impl Shell {
@@ -210,6 +225,7 @@ impl Shell {
         }
         update(&self.reach, self.probes.reached(clock::monotonic()));
         update(&self.tell, self.probes.silent());
+        update(&self.judge, self.probes.judged());
     }
 }
 
