@@ -234,13 +234,13 @@ pub(crate) const NOTICED: Duration = Duration::from_secs(10);
 
 /// How long after `at` the last request began that went where nobody is: it failed, or its first
 /// packet was lost, which takes a client a second to notice. Some of them are told. What begins
-/// after [`NOTICED`] has other reasons.
-pub(crate) fn last_astray(report: &Report, at: Duration) -> Duration {
+/// after `within` has other reasons.
+pub(crate) fn last_astray(report: &Report, at: Duration, within: Duration) -> Duration {
     const RETRY: Duration = Duration::from_millis(900);
     const TOLD_MAX: usize = 5;
     let astray = |request: &&Request| {
         let lost = request.outcome != Outcome::Ok || request.latency > RETRY;
-        lost && request.start < at + NOTICED
+        lost && (at..at + within).contains(&request.start)
     };
     let astray: Vec<_> = report.requests.iter().filter(astray).collect();
     for request in astray.iter().rev().take(TOLD_MAX).rev() {

@@ -85,7 +85,8 @@ pub(super) fn leader_cut_off(bed: &Bed) -> Result<Vec<Figure>> {
     let report = load.stop()?;
     Ok(vec![
         Figure::time("next write", written? - begin).median_at_most(3.0),
-        Figure::time("no request goes to the other side", last_astray(&report, at)).at_most(1.0),
+        Figure::time("no request goes to the other side", last_astray(&report, at, NOTICED))
+            .at_most(1.0),
         failed(&report),
     ])
 }
@@ -113,7 +114,7 @@ pub(super) fn worker_crashed(bed: &Bed) -> Result<Vec<Figure>> {
     let report = load.stop()?;
     let later = report.failed.iter().filter(|request| request.start > at + NOTICED).count();
     Ok(vec![
-        Figure::time("no request goes there", last_astray(&report, at)).at_most(1.0),
+        Figure::time("no request goes there", last_astray(&report, at, NOTICED)).at_most(1.0),
         failed(&report),
         Figure::count("requests failed later, as tasks moved", later, report.requests.len())
             .at_most(0.0),
@@ -142,7 +143,7 @@ pub(super) fn link_cut(bed: &Bed) -> Result<Vec<Figure>> {
     let first = report.requests.iter().find(there);
     let first = first.with_context(|| format!("no request went to {NODE} within {CUT:?}"))?;
     Ok(vec![
-        Figure::time("no request goes there", last_astray(&report, cut)).at_most(1.0),
+        Figure::time("no request goes there", last_astray(&report, cut, CUT)).at_most(1.0),
         failed(&report),
         Figure::time("link restored: requests go there again", first.start - back).at_most(1.0),
     ])
