@@ -162,7 +162,7 @@ impl Disk {
             .open(&path)
             .map_err(|e| fail(&path, e.into()))?;
         let db = redb::Builder::new()
-            .set_cache_size(4 << 20)
+            .set_cache_size(16 << 20)
             .create_file(file)
             .map_err(|e| fail(&path, e.into()))?;
         // The name in the directory must last as the votes and entries in the file do.
