@@ -2,7 +2,7 @@
 //! waiting for what must become true.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     io::Write,
     path::PathBuf,
@@ -316,6 +316,29 @@ impl Cluster {
             let states: Vec<_> = all.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
             ensure!(tasks.len() == count, "{} run: {states:?}", tasks.len());
             Ok(tasks)
+        })
+    }
+
+    /// Waits until exactly `count` tasks of a service run that are none of `old`, and all others
+    /// have ended.
+    ///
+    /// # Errors
+    /// When it is not so in time.
+    pub fn wait_replaced(
+        &self,
+        service: &str,
+        count: usize,
+        old: &BTreeSet<String>,
+        within: Duration,
+    ) -> Result<()> {
+        eventually(&format!("{service} to be replaced"), within, || {
+            let tasks = self.tasks(service)?;
+            let alive: Vec<_> = tasks.iter().filter(|task| task.state == "running").collect();
+            let fresh = alive.iter().filter(|task| !old.contains(&task.id)).count();
+            let states: Vec<_> = tasks.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
+            let alive = alive.len();
+            ensure!(fresh == count && alive == count, "{fresh} new of {alive}: {states:?}");
+            Ok(())
         })
     }
 

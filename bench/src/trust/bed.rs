@@ -16,7 +16,6 @@ use mesh_tests::{
     cluster::{Cluster, Task, WHOAMI, eventually, list},
     load::{Load, Outcome, RATE, Report, Request},
 };
-use serde_json::Value;
 
 /// The service under load.
 pub(crate) const SERVICE: &str = "web";
@@ -102,19 +101,7 @@ impl Bed {
 
     /// Waits until exactly so many tasks run and none is on its way to its end.
     pub(crate) fn wait_for_replicas(&self, count: usize) -> Result<()> {
-        self.wait_replaced(count, &BTreeSet::new())
-    }
-
-    /// The same, with none of `old` among them.
-    fn wait_replaced(&self, count: usize, old: &BTreeSet<String>) -> Result<()> {
-        eventually(&format!("{count} tasks of {SERVICE}"), PATIENCE, || {
-            let tasks = self.cluster.tasks(SERVICE)?;
-            let alive: Vec<_> = tasks.iter().filter(|task| task.state == "running").collect();
-            let fresh = alive.iter().filter(|task| !old.contains(&task.id)).count();
-            let states: Vec<_> = tasks.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
-            ensure!(fresh == count && alive.len() == count, "{fresh} of {states:?}");
-            Ok(())
-        })
+        self.cluster.wait_replaced(SERVICE, count, &BTreeSet::new(), PATIENCE)
     }
 
     /// Replaces all tasks, and waits until the old ones have ended.
@@ -123,7 +110,7 @@ impl Bed {
             self.cluster.running(SERVICE)?.into_iter().map(|task| task.id).collect();
         let update = format!("service update --detach --force {options} {SERVICE}");
         self.cluster.meshctl("m1", &update)?.ok()?;
-        self.wait_replaced(old.len(), &old)
+        self.cluster.wait_replaced(SERVICE, old.len(), &old, PATIENCE)
     }
 
     /// Changes the number of tasks, and waits until it is so.
@@ -134,10 +121,7 @@ impl Bed {
 
     /// The name of the leader.
     pub(crate) fn leader(&self) -> Result<String> {
-        let nodes = self.cluster.api("GET", "/nodes")?;
-        let leads = |node: &&Value| node["ManagerStatus"]["Leader"] == true;
-        let leader = list(&nodes).iter().find(leads).context("nobody leads")?;
-        Ok(leader["Description"]["Hostname"].as_str().context("without a name")?.to_owned())
+        self.cluster.leader("m1")
     }
 
     /// All nodes but one: their names.

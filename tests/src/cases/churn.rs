@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use mesh_history::Dice;
 use mesh_lab::DaemonSignal;
 
 use super::group;
@@ -29,35 +30,13 @@ const BRIEF: &str = "sleep 1";
 /// How long a cluster may take to settle when nobody harms it any more.
 const SETTLED: Duration = Duration::from_secs(40);
 
-/// A seeded source of numbers (splitmix64): a failing run can be tried again.
-struct Dice(u64);
-
-impl Dice {
-    /// From `MESH_TESTS_SEED`, or new; printed in any case.
-    fn new() -> Result<Self> {
-        let given = env::var("MESH_TESTS_SEED").ok().map(|seed| seed.parse());
-        let now = || SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.subsec_nanos().into());
-        let seed = given.transpose().context("MESH_TESTS_SEED is no number")?.unwrap_or_else(now);
-        println!("    MESH_TESTS_SEED={seed} tries this again");
-        Ok(Self(seed))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn pick<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
-        let at = self.below(of.len().max(1) as u64);
-        of.get(usize::try_from(at).ok()?)
-    }
+/// Dice from `MESH_TESTS_SEED`, or new ones; the seed is printed in any case.
+fn dice() -> Result<Dice> {
+    let given = env::var("MESH_TESTS_SEED").ok().map(|seed| seed.parse());
+    let now = || SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.subsec_nanos().into());
+    let seed = given.transpose().context("MESH_TESTS_SEED is no number")?.unwrap_or_else(now);
+    println!("    MESH_TESTS_SEED={seed} tries this again");
+    Ok(Dice::new(seed))
 }
 
 /// Prints what a node holds of tasks, without what differs from time to time: `D` is its state
@@ -205,13 +184,14 @@ fn act(c: &Cluster, dice: &mut Dice, number: u64) -> Result<()> {
 /// while it starts. A manager only when two things were `done` since the last one was: without
 /// a majority all the time nothing would come and go.
 fn kill_at_random(c: &Cluster, dice: &mut Dice, done: &AtomicUsize) -> Result<()> {
-    let names: Vec<String> = c.lab.nodes().into_iter().map(|node| node.name).collect();
+    let nodes = c.lab.nodes();
+    let names: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
     let mut done_then = 0;
     thread::scope(|scope| {
         for _ in 0..KILLS {
             thread::sleep(Duration::from_millis(dice.below(500)));
             let (node, killed) = eventually("a daemon that lives", SOON, || {
-                let name = dice.pick(&names).context("no nodes")?.clone();
+                let name = dice.pick(&names).context("no nodes")?;
                 let done = done.load(Ordering::Relaxed);
                 let manager = name.starts_with('m');
                 ensure!(!manager || done > done_then + 1, "a manager was killed before");
@@ -231,7 +211,7 @@ fn kill_at_random(c: &Cluster, dice: &mut Dice, done: &AtomicUsize) -> Result<()
                     Ok(())
                 });
                 // It may be killed before it answers.
-                let _ = c.lab.start(&node);
+                let _ = c.lab.start(node);
             });
         }
         Ok(())
@@ -295,7 +275,7 @@ fn alive(tasks: &Path) -> Result<BTreeSet<String>> {
 }
 
 fn fifty_kills_leak_nothing(c: &Cluster) -> Result<()> {
-    let mut dice = Dice::new()?;
+    let mut dice = dice()?;
     let before = eventually("nodes that hold nothing", SOON, || {
         let before = held(c)?;
         let clean = |held: &String| !held.lines().any(|line| line.starts_with("mv"));
@@ -305,7 +285,7 @@ fn fifty_kills_leak_nothing(c: &Cluster) -> Result<()> {
     let (done, acts) = (AtomicBool::new(false), AtomicUsize::new(0));
     let begin = Instant::now();
     let killed = thread::scope(|scope| {
-        let mut user = Dice(dice.next());
+        let mut user = Dice::new(dice.below(u64::MAX));
         let (done, acts) = (&done, &acts);
         scope.spawn(move || {
             let mut refusals = BTreeMap::new();

@@ -43,18 +43,6 @@ fn pause() {
     thread::sleep(Duration::from_millis(500));
 }
 
-/// Waits until exactly `count` tasks run that are none of `old`, and all others have ended.
-fn wait_replaced(c: &Cluster, service: &str, count: usize, old: &BTreeSet<String>) -> Result<()> {
-    eventually(&format!("{service} to be replaced"), ROLL_OUT, || {
-        let tasks = c.tasks(service)?;
-        let fresh = tasks.iter().filter(|t| t.state == "running" && !old.contains(&t.id)).count();
-        let alive = tasks.iter().filter(|t| t.state == "running").count();
-        let states: Vec<_> = tasks.iter().map(|t| (&t.name, &t.state, &t.error)).collect();
-        ensure!(fresh == count && alive == count, "{fresh} new of {alive}: {states:?}");
-        Ok(())
-    })
-}
-
 fn ids(c: &Cluster, service: &str) -> Result<BTreeSet<String>> {
     Ok(c.running(service)?.into_iter().map(|task| task.id).collect())
 }
@@ -62,13 +50,13 @@ fn ids(c: &Cluster, service: &str) -> Result<BTreeSet<String>> {
 fn roll(c: &Cluster, node: &str, options: &str) -> Result<()> {
     let old = ids(c, "web")?;
     c.meshctl(node, &format!("service update --detach --force {options} web"))?.ok()?;
-    wait_replaced(c, "web", old.len(), &old)
+    c.wait_replaced("web", old.len(), &old, ROLL_OUT)
 }
 
 /// Scales, and waits until what is too many has ended.
 fn scale(c: &Cluster, count: usize) -> Result<()> {
     c.scale("web", count)?;
-    wait_replaced(c, "web", count, &BTreeSet::new())
+    c.wait_replaced("web", count, &BTreeSet::new(), ROLL_OUT)
 }
 
 fn scaling_fails_no_request(c: &Cluster) -> Result<()> {
@@ -124,7 +112,7 @@ fn one_replica_moves_without_a_gap(c: &Cluster) -> Result<()> {
     let report = under_load(c, || {
         let old = ids(c, "web")?;
         c.meshctl("m1", &format!("node update --availability drain {node}"))?.ok()?;
-        wait_replaced(c, "web", 1, &old)
+        c.wait_replaced("web", 1, &old, ROLL_OUT)
     });
     c.meshctl("m1", &format!("node update --availability active {node}"))?.ok()?;
     report?.none_failed()

@@ -341,12 +341,10 @@ impl Core {
     pub(super) fn handle_managers(&mut self, now_ms: u64, managers: Managers) {
         self.managers = managers;
         self.changed = true;
-        let paused = |task: &&mut Task| task.busy == Some(Busy::Pause);
-        for task in self.tasks.values_mut().filter(paused) {
-            // From now on the managers decide.
-            if managers == Managers::There {
-                task.report_end(now_ms);
-            }
+        if managers == Managers::There {
+            // From now on they decide.
+            let paused = |task: &&mut Task| task.busy == Some(Busy::Pause);
+            self.tasks.values_mut().filter(paused).for_each(|task| task.report_end(now_ms));
         }
         let ids: Vec<TaskId> = self.tasks.keys().copied().collect();
         ids.into_iter().for_each(|id| self.advance(now_ms, id));
@@ -641,13 +639,11 @@ impl Task {
     }
 
     fn next_without_process(&mut self, now_ms: u64, managers: Managers) -> Option<(Busy, Step)> {
-        let open = managers != Managers::There
-            && self.plugged == Plugged::No
-            && self.may_start_again(now_ms);
-        if open && managers == Managers::Lost {
-            return None;
-        }
-        if open {
+        let undecided = managers != Managers::There && self.plugged == Plugged::No;
+        if undecided && self.may_start_again(now_ms) {
+            if managers == Managers::Lost {
+                return None;
+            }
             if !self.paused {
                 self.paused = true;
                 return Some((Busy::Pause, Step::Pause));
