@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     ids::NetworkId,
     net::{Mtu, Protocol},
+    task::TaskState,
 };
 
 /// User labels, sorted so that equal sets are equal bytes.
@@ -249,6 +250,37 @@ impl Default for RestartPolicy {
             max_attempts: None,
             window: Duration::ZERO,
         }
+    }
+}
+
+impl RestartPolicy {
+    /// Whether a task that ended like this is wanted again, attempts aside.
+    #[must_use]
+    pub fn wants_again(&self, end: TaskState) -> bool {
+        match self.condition {
+            RestartCondition::None => false,
+            RestartCondition::OnFailure => end != TaskState::Complete,
+            RestartCondition::Any => true,
+        }
+    }
+
+    /// How many attempts there are; `None`: no limit. Zero is none, too, as in Swarm.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.max_attempts.filter(|most| *most > 0)
+    }
+
+    /// Whether so many attempts are all that there are.
+    #[must_use]
+    pub fn is_spent(&self, attempts: u64) -> bool {
+        self.limit().is_some_and(|most| attempts >= most)
+    }
+
+    /// How long an attempt counts, in milliseconds; `None`: for ever.
+    #[must_use]
+    pub fn window_ms(&self) -> Option<u64> {
+        let window = u64::try_from(self.window.as_millis()).unwrap_or(u64::MAX);
+        (window > 0).then_some(window)
     }
 }
 

@@ -1,6 +1,6 @@
 //! What follows when a task ended, must leave its node, or is out of date.
 
-use mesh_types::{spec::RestartCondition, task::TaskState};
+use mesh_types::task::TaskState;
 
 use super::view::{Place, Round};
 use crate::{
@@ -28,18 +28,14 @@ pub(super) enum Verdict {
 pub(super) fn judge(task: &Task) -> Verdict {
     let policy = &task.spec.restart;
     let delay_ms = delay_ms(task);
-    let wanted = match (task.status.state, policy.condition) {
+    if task.status.state == TaskState::Orphaned {
         // Lost with its node, through no fault of its own.
-        (TaskState::Orphaned, _) => return Verdict::Restart { delay_ms: 0 },
-        (_, RestartCondition::Any) => true,
-        (state, RestartCondition::OnFailure) => state != TaskState::Complete,
-        (_, RestartCondition::None) => false,
-    };
+        return Verdict::Restart { delay_ms: 0 };
+    }
     // The window is judged at the task's end, so that the verdict never changes later.
     let attempts = if task.window_over(task.status.since_ms) { 0 } else { task.attempts };
-    // Zero means no limit, as in Swarm.
-    let spent = policy.max_attempts.is_some_and(|max| max > 0 && attempts >= max);
-    if wanted && !spent { Verdict::Restart { delay_ms } } else { Verdict::Done }
+    let again = policy.wants_again(task.status.state) && !policy.is_spent(attempts);
+    if again { Verdict::Restart { delay_ms } } else { Verdict::Done }
 }
 
 fn delay_ms(task: &Task) -> u64 {

@@ -294,8 +294,8 @@ impl Task {
     /// Whether the restart policy's window has passed since its first counted attempt.
     #[must_use]
     pub fn window_over(&self, now_ms: u64) -> bool {
-        let window_ms = u64::try_from(self.spec.restart.window.as_millis()).unwrap_or(u64::MAX);
-        window_ms > 0 && now_ms.saturating_sub(self.attempts_since_ms) > window_ms
+        let since_ms = now_ms.saturating_sub(self.attempts_since_ms);
+        self.spec.restart.window_ms().is_some_and(|window_ms| since_ms > window_ms)
     }
 }
 

@@ -14,11 +14,10 @@ use std::{
 use mesh_executor::{Exit, FoundState, SIGTERM, parse_signal};
 use mesh_types::{
     Protocol, TaskId,
-    spec::RestartCondition,
     task::{InterfaceKind, TaskAssignment, TaskState, TaskStatus},
 };
 
-use super::sockets::Sockets;
+use super::{restarts::Restarts, sockets::Sockets};
 
 /// Between SIGTERM and SIGKILL unless the service says otherwise (as in Swarm).
 const GRACE: Duration = Duration::from_secs(10);
@@ -94,15 +93,6 @@ pub(super) struct Kept {
     pub(super) status: TaskStatus,
     #[serde(default)]
     pub(super) restarts: Restarts,
-}
-
-/// How often a task was started again here, because no manager could replace it.
-#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub(super) struct Restarts {
-    /// In all.
-    times: u64,
-    /// When, in milliseconds: those that the policy still counts.
-    recent: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -460,7 +450,7 @@ impl Task {
 
     fn running(&mut self, now_ms: u64, pid: u32) {
         self.status.pid = Some(pid);
-        let message = self.running_message();
+        let message = self.restarts.message();
         self.say(now_ms, TaskState::Running, &message);
     }
 
@@ -556,10 +546,10 @@ impl Task {
         }
         self.opening = None;
         let message = if missing.is_empty() {
-            self.running_message()
+            self.restarts.message()
         } else {
             let ports = missing.join(", ");
-            format!("{}; nothing listens on port {ports} yet", self.running_message())
+            format!("{}; nothing listens on port {ports} yet", self.restarts.message())
         };
         self.say(now_ms, TaskState::Running, &message);
     }
@@ -648,10 +638,12 @@ impl Task {
                 self.paused = true;
                 return Some((Busy::Pause, Step::Pause));
             }
-            self.count_restart(now_ms);
+            if let Some(assignment) = &self.assignment {
+                self.restarts.count(&assignment.spec.restart, now_ms);
+            }
             (self.end, self.process, self.netns) = (None, Process::Absent, None);
             (self.watched, self.paused, self.status.pid) = (false, false, None);
-            let message = self.running_message();
+            let message = self.restarts.message();
             self.say(now_ms, TaskState::Running, &message);
         }
         let begins = self.process == Process::Absent
@@ -676,50 +668,12 @@ impl Task {
         (useless && self.files).then_some((Busy::Remove, Step::Remove))
     }
 
-    fn count_restart(&mut self, now_ms: u64) {
-        let window = self.restart_window();
-        self.restarts.times = self.restarts.times.saturating_add(1);
-        self.restarts.recent.retain(|at| now_ms.saturating_sub(*at) < window);
-        if self.max_attempts().is_some() {
-            self.restarts.recent.push(now_ms);
-        }
-    }
-
-    /// How often it may be started again; zero means no limit, as in Swarm.
-    fn max_attempts(&self) -> Option<u64> {
-        self.assignment.as_ref()?.spec.restart.max_attempts.filter(|most| *most > 0)
-    }
-
-    /// How long an attempt counts, in milliseconds.
-    fn restart_window(&self) -> u64 {
-        let window = self.assignment.as_ref().map(|a| a.spec.restart.window.as_millis());
-        match u64::try_from(window.unwrap_or(0)) {
-            Ok(0) | Err(_) => u64::MAX,
-            Ok(window) => window,
-        }
-    }
-
     /// Whether it ended by itself and its service wants it back, as far as this node can tell.
     fn may_start_again(&self, now_ms: u64) -> bool {
         let (Some(end), Some(assignment)) = (&self.end, &self.assignment) else { return false };
         let policy = &assignment.spec.restart;
-        let wanted = match policy.condition {
-            RestartCondition::None => false,
-            RestartCondition::OnFailure => end.state != TaskState::Complete,
-            RestartCondition::Any => true,
-        };
-        let window = self.restart_window();
-        let recent = self.restarts.recent.iter().filter(|at| now_ms.saturating_sub(**at) < window);
-        let left = self.max_attempts().is_none_or(|most| (recent.count() as u64) < most);
-        wanted && left && !self.stopping && self.wanted() == Some(TaskState::Running)
-    }
-
-    fn running_message(&self) -> String {
-        match self.restarts.times {
-            0 => "started".to_owned(),
-            1 => "restarted once while no manager was reached".to_owned(),
-            times => format!("restarted {times} times while no manager was reached"),
-        }
+        let wanted = policy.wants_again(end.state) && !self.restarts.spent(policy, now_ms);
+        wanted && !self.stopping && self.wanted() == Some(TaskState::Running)
     }
 
     fn attach(&mut self) -> Option<(Busy, Step)> {

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use mesh_types::{NodeId, ServiceId, spec::TaskSpec};
+use mesh_types::{
+    NodeId, ServiceId,
+    spec::{RestartCondition, TaskSpec},
+};
 use proptest::prelude::*;
 
 use super::*;

@@ -7,6 +7,7 @@
 
 mod core;
 mod report;
+mod restarts;
 mod sockets;
 
 use std::{
