@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_history::Dice;
 use mesh_types::{
     NetworkId, NodeId, Revision, ServiceId, TaskId,
     record::{RecordSet, Scope},
@@ -24,32 +25,6 @@ use crate::{
     store::Store,
     stream::{RecordLog, assignments, subscription},
 };
-
-/// SplitMix64: enough chance for a test, and the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn pick<T: Copy>(&mut self, of: &[T]) -> Option<T> {
-        let index = self.below(of.len().max(1) as u64) as usize;
-        of.get(index).copied()
-    }
-}
 
 /// Some seconds' worth, unoptimised.
 const SEEDS: u64 = 200;
@@ -100,7 +75,7 @@ impl Sim {
         let logs = [RecordLog::default(), RecordLog::with_tombstones(4)];
         let sets = vec![RecordSet::default(); 3];
         let follow = Follow { logs, sets, scopes: BTreeSet::from([Scope::Cluster]) };
-        let (dice, endpoints) = (Dice(seed), BTreeMap::new());
+        let (dice, endpoints) = (Dice::new(seed), BTreeMap::new());
         Self { bench, dice, next_object: 1, next_node: 4, endpoints, follow }
     }
 
@@ -548,7 +523,7 @@ fn serving(bench: &Bench, id: ServiceId) -> usize {
 fn updates_and_drains_take_no_more_away_than_they_may() {
     for seed in seeds(SEEDS / 5) {
         let _replay = Replay(seed);
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let mut bench = Bench::with_nodes(4);
         let replicas = 1 + dice.below(6);
         let web = bench.create_service(1, service("web", replicas, &[]));

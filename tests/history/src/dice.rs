@@ -20,6 +20,11 @@ impl Dice {
         (z ^ (z >> 31)) % bound.max(1)
     }
 
+    /// So often of a hundred.
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
     /// One of them; `None` of none.
     pub fn pick<T: Copy>(&mut self, all: &[T]) -> Option<T> {
         all.get(usize::try_from(self.below(all.len() as u64)).unwrap_or(0)).copied()
