@@ -185,6 +185,17 @@ impl Cluster {
         run(command, b"")
     }
 
+    /// Runs `meshctl` or `docker` against a node, with words that hold blanks.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn client(&self, program: &str, node: &str, words: &[&str]) -> Result<Ran> {
+        let meshctl = (program == "meshctl").then(|| self.lab.meshctl().to_owned());
+        let mut command = self.host_command(meshctl.unwrap_or_else(|| program.into()), node);
+        command.args(words);
+        run(command, b"")
+    }
+
     /// Runs a command in a task, as seen from `m1`.
     ///
     /// # Errors

@@ -5,8 +5,8 @@ use clap::{Args, Subcommand};
 use mesh_api::{Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated};
 
 use crate::{
-    client::{Client, escape, filter_query},
-    output::{Format, InspectFormat, Table, for_each, natural, objects, say, short},
+    client::{Client, escape},
+    output::{InspectFormat, ListArgs, Table, fields, for_each, natural, objects, say, short},
     service::{inspect_all, key_values},
 };
 
@@ -15,7 +15,7 @@ pub(crate) enum Command {
     /// Make an overlay network
     Create(CreateArgs),
     /// List networks
-    #[command(alias = "list")]
+    #[command(alias = "list", after_help = fields(FILTERS, &[COLUMNS, MORE]))]
     Ls(ListArgs),
     /// Show all that is known of networks
     Inspect {
@@ -70,24 +70,16 @@ pub(crate) struct CreateArgs {
     name: String,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct ListArgs {
-    /// `id=`, `name=`, `label=`, `scope=`, `dangling=` (may be repeated)
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    filter: Vec<String>,
-    /// How to print
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
-    /// Print whole ids
-    #[arg(long)]
-    no_trunc: bool,
-    /// Print ids alone
-    #[arg(short, long)]
-    quiet: bool,
-}
-
 const COLUMNS: &[(&str, &str)] =
     &[("NETWORK ID", "ID"), ("NAME", "Name"), ("DRIVER", "Driver"), ("SCOPE", "Scope")];
+const MORE: &[(&str, &str)] = &[
+    ("CREATED AT", "CreatedAt"),
+    ("INTERNAL", "Internal"),
+    ("IPV4", "IPv4"),
+    ("IPV6", "IPv6"),
+    ("LABELS", "Labels"),
+];
+const FILTERS: &[&str] = &["dangling", "driver", "id", "label", "name", "scope", "type"];
 
 pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
     match command {
@@ -144,23 +136,31 @@ async fn create(client: &Client, args: CreateArgs) -> Result<()> {
 }
 
 async fn list(client: &Client, args: ListArgs) -> Result<()> {
-    let query = filter_query(&args.filter)?;
+    let query = args.query(FILTERS, std::iter::empty())?;
     let mut networks: Vec<Network> = client.get(&format!("/networks?{query}")).await?;
     networks.sort_by_key(|network| natural(&network.name));
     let id = |network: &Network| {
         if args.no_trunc { network.id.clone() } else { short(&network.id) }
     };
-    if args.quiet {
+    if args.ids_alone() {
         return networks.iter().try_for_each(|network| say(id(network)));
     }
-    let mut table = Table::new(COLUMNS);
+    let mut table = Table::with_more(COLUMNS, MORE);
     for network in &networks {
-        table.row(vec![
+        let labels: Vec<_> = network.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        // The stock CLI gives all of these as texts.
+        let cells = [
             id(network),
             network.name.clone(),
             network.driver.clone(),
             network.scope.clone(),
-        ]);
+            network.created.clone(),
+            network.internal.to_string(),
+            network.enable_ipv4.to_string(),
+            network.enable_ipv6.to_string(),
+            labels.join(","),
+        ];
+        table.labelled(cells.map(Into::into).into(), &network.labels);
     }
-    table.print(args.format)
+    table.print(&args.format)
 }

@@ -2,12 +2,14 @@
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
-use mesh_api::{Info, Node, NodeStats};
+use mesh_api::{Info, Node, NodeStats, TlsInfo};
 use serde_json::{Value, json};
 
 use crate::{
-    client::{Client, escape, filter_query},
-    output::{Format, InspectFormat, Table, for_each, natural, objects, say, title},
+    client::{Client, escape},
+    output::{
+        Format, InspectFormat, ListArgs, Table, fields, for_each, natural, objects, say, title,
+    },
     service::{
         inspect_all, key_values,
         ps::{self, TaskListArgs},
@@ -18,7 +20,7 @@ use crate::{
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// List nodes
-    #[command(alias = "list")]
+    #[command(alias = "list", after_help = fields(FILTERS, &[COLUMNS, MORE]))]
     Ls(ListArgs),
     /// Show all that is known of nodes
     Inspect {
@@ -35,13 +37,14 @@ pub(crate) enum Command {
         /// Only counters that are not zero
         #[arg(long)]
         nonzero: bool,
-        /// How to print
-        #[arg(long, value_enum, default_value = "table")]
+        /// `table`, `json` (an object per line), a Go template per line, or `table TEMPLATE`
+        #[arg(long, default_value = "table", hide_default_value = true, value_name = "FORMAT")]
         format: Format,
     },
     /// Change a node's availability or labels
     Update(UpdateArgs),
     /// List the tasks of nodes
+    #[command(after_help = fields(ps::FILTERS, &[ps::COLUMNS]))]
     Ps {
         #[command(flatten)]
         list: TaskListArgs,
@@ -58,19 +61,6 @@ pub(crate) enum Command {
         #[arg(short, long)]
         force: bool,
     },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ListArgs {
-    /// `id=`, `name=`, `role=`, `label=` (may be repeated)
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    filter: Vec<String>,
-    /// How to print
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
-    /// Print ids alone
-    #[arg(short, long)]
-    quiet: bool,
 }
 
 #[derive(Debug, Args)]
@@ -96,6 +86,9 @@ const COLUMNS: &[(&str, &str)] = &[
     ("MANAGER STATUS", "ManagerStatus"),
     ("ENGINE VERSION", "EngineVersion"),
 ];
+const MORE: &[(&str, &str)] = &[("TLS STATUS", "TLSStatus"), ("SELF", "Self")];
+const FILTERS: &[&str] = &["id", "label", "membership", "name", "node.label", "role"];
+const COUNTERS: &[(&str, &str)] = &[("COUNTER", "Counter"), ("KIND", "Kind"), ("VALUE", "Value")];
 
 pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
     match command {
@@ -121,31 +114,44 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
 }
 
 async fn list(client: &Client, args: ListArgs) -> Result<()> {
-    let query = filter_query(&args.filter)?;
+    let query = args.query(FILTERS, std::iter::empty())?;
     let mut nodes: Vec<Node> = client.get(&format!("/nodes?{query}")).await?;
     nodes.sort_by_key(|node| natural(&node.description.hostname));
-    if args.quiet {
+    if args.ids_alone() {
         return nodes.iter().try_for_each(|node| say(&node.id));
     }
     let info: Info = client.get("/info").await?;
-    let mut table = Table::new(COLUMNS);
+    let trust = info.swarm.cluster.map(|cluster| cluster.tls_info).unwrap_or_default();
+    let mut table = Table::with_more(COLUMNS, MORE);
     for node in nodes {
-        let mark =
-            if args.format == Format::Table && node.id == info.swarm.node_id { " *" } else { "" };
+        let own = node.id == info.swarm.node_id;
+        let mark = if own && args.format == Format::Table { " *" } else { "" };
         let manager = node.manager_status.map(|status| match status.leader {
             true => "Leader".to_owned(),
             false => title(&status.reachability),
         });
-        table.row(vec![
-            format!("{}{mark}", node.id),
-            node.description.hostname,
-            title(&node.status.state),
-            title(&node.spec.availability),
-            manager.unwrap_or_default(),
-            node.description.engine.engine_version,
+        table.values(vec![
+            json!(format!("{}{mark}", node.id)),
+            json!(node.description.hostname),
+            json!(title(&node.status.state)),
+            json!(title(&node.spec.availability)),
+            json!(manager.unwrap_or_default()),
+            json!(node.description.engine.engine_version),
+            json!(tls_status(&node.description.tls_info, &trust)),
+            json!(own),
         ]);
     }
-    table.print(args.format)
+    table.print(&args.format)
+}
+
+/// Whether a node trusts what its cluster does, in the stock CLI's words.
+fn tls_status(node: &TlsInfo, cluster: &TlsInfo) -> &'static str {
+    let unknown = TlsInfo::default();
+    match () {
+        () if *node == unknown || *cluster == unknown => "Unknown",
+        () if node == cluster => "Ready",
+        () => "Needs Rotation",
+    }
 }
 
 /// With the id of the node that is asked in place of `self`.
@@ -173,20 +179,16 @@ async fn stats(client: &Client, node: Option<String>, nonzero: bool, format: For
     let query = node.map(|node| format!("?node={}", escape(&node))).unwrap_or_default();
     let mut stats: NodeStats = client.get(&format!("/mesh/node/stats{query}")).await?;
     stats.counters.retain(|counter| !nonzero || counter.value > 0);
-    let mut table = Table::new(&[("COUNTER", "Counter"), ("KIND", "Kind"), ("VALUE", "Value")]);
-    if format == Format::Json {
-        return stats.counters.iter().try_for_each(|counter| {
-            let line = serde_json::json!({
-                "Node": stats.hostname, "Counter": counter.name,
-                "Kind": kind(counter.drop), "Value": counter.value,
-            });
-            say(line.to_string())
-        });
-    }
+    let mut table = Table::with_more(COUNTERS, &[("NODE", "Node")]);
     for counter in stats.counters {
-        table.row(vec![counter.name, kind(counter.drop).into(), counter.value.to_string()]);
+        table.values(vec![
+            json!(counter.name),
+            json!(kind(counter.drop)),
+            json!(counter.value),
+            json!(stats.hostname),
+        ]);
     }
-    table.print(format)
+    table.print(&format)
 }
 
 fn kind(drop: bool) -> &'static str {

@@ -7,26 +7,25 @@ use serde_json::{Value, json};
 
 use crate::{
     client::Client,
-    output::{JsonOnly, indented, say},
+    output::{ObjectFormat, object, say},
 };
 
 /// The flag of verbs that show one thing.
 #[derive(Debug, Args)]
 pub(crate) struct FormatArgs {
-    /// `json` instead of text
+    /// `json`, or a Go template, instead of text
     #[arg(short, long, value_name = "FORMAT")]
-    format: Option<JsonOnly>,
+    format: Option<ObjectFormat>,
 }
 
 pub(crate) async fn version(client: &Client, args: FormatArgs) -> Result<()> {
     let own = env!("CARGO_PKG_VERSION");
     let (major, minor) = mesh_api::API_VERSION;
     let server: Result<VersionInfo> = client.get("/version").await;
-    if args.format.is_some() {
+    if let Some(format) = &args.format {
         let known = server.as_ref().ok().map(serde_json::to_value).transpose()?;
-        say(json!({"Client": {"Version": own, "ApiVersion": format!("{major}.{minor}")},
-            "Server": known})
-        .to_string())?;
+        let client = json!({"Version": own, "ApiVersion": format!("{major}.{minor}")});
+        object(&json!({"Client": client, "Server": known}), format)?;
         return server.map(drop);
     }
     say(format!("Client:\n Version:       {own}\n API version:   {major}.{minor}\n"))?;
@@ -45,8 +44,8 @@ pub(crate) async fn version(client: &Client, args: FormatArgs) -> Result<()> {
 
 pub(crate) async fn info(client: &Client, args: FormatArgs) -> Result<()> {
     let full: Value = client.get("/info").await?;
-    if args.format.is_some() {
-        return say(indented(&full)?);
+    if let Some(format) = &args.format {
+        return object(&full, format);
     }
     let info: mesh_api::Info = serde_json::from_value(full)?;
     let mut lines = vec![

@@ -166,6 +166,24 @@ pub(crate) fn explain(err: &clap::Error, raw: &[String]) -> Option<String> {
     }
 }
 
+/// `; did you mean `NAME`?` where one of the names is near enough; nothing otherwise. What precedes
+/// the name is `mark`.
+pub(crate) fn did_you_mean<'a>(
+    word: &str,
+    names: impl Iterator<Item = &'a str>,
+    mark: &str,
+) -> String {
+    let near = |name: &'a str| {
+        let likeness = strsim::jaro_winkler(&word.to_lowercase(), &name.to_lowercase());
+        (likeness > NEAR).then_some((likeness, name))
+    };
+    let nearest = names.filter_map(near).max_by(|(a, _), (b, _)| a.total_cmp(b));
+    nearest.map_or_else(String::new, |(_, name)| format!("; did you mean `{mark}{name}`?"))
+}
+
+/// Names this like are taken for one another; 1 is the same.
+const NEAR: f64 = 0.8;
+
 /// Whether the words of a verb come one after the other on the command line.
 fn has_verb(raw: &[String], verb: &str) -> bool {
     let words: Vec<&str> = verb.split(' ').collect();

@@ -8,7 +8,7 @@ use crate::cluster::{Cluster, Ran, SOON, eventually, list};
 
 group!("cli": the_stock_client_does_it_all, both_make_the_same, progress_until_converged,
     both_show_the_same, both_roll_back, updates_at_the_same_time_all_happen, tokens_and_nodes,
-    formats,
+    formats, both_format_the_same, filters_and_formats_are_checked,
     a_service_without_an_executor_is_refused, unknown_flags_are_refused_by_name, errors_say_what);
 
 fn docker(c: &Cluster, line: &str) -> Result<String> {
@@ -223,6 +223,78 @@ fn formats(c: &Cluster) -> Result<()> {
         let table = c.meshctl("m1", line)?.ok()?;
         let head = table.lines().next().unwrap_or_default();
         ensure!(head == head.to_uppercase() && table.lines().count() > 1, "{line}:\n{table}");
+    }
+    Ok(())
+}
+
+/// The stock client's own fields and functions: letter by letter what it prints.
+fn both_format_the_same(c: &Cluster) -> Result<()> {
+    c.web("--replicas 2 --publish 8080:80 --label tier=front")?;
+    let node = "{{.ID}} {{.Hostname}} {{.Status}} {{.Availability}} {{.ManagerStatus}} \
+                {{.EngineVersion}} {{.TLSStatus}} {{if .Self}}*{{end}}";
+    let network = "{{.ID}} {{.Name}} {{.Driver}} {{.Scope}} {{.Internal}} {{.IPv4}} {{.IPv6}} \
+                   {{.Labels}}{{.Label \"a\"}}";
+    for (line, format) in [
+        ("node ls", node),
+        ("node ls", r"table {{.Hostname}}\t{{upper .Status}}"),
+        ("node ls --filter role=manager", "json"),
+        ("node ls -q --filter name=m1", "table"),
+        ("network ls", network),
+        ("network ls --no-trunc", r"table {{.ID}}\t{{.Name}}"),
+        ("network ls --filter driver=overlay -q", "table"),
+        ("service ls", "{{.ID}} {{.Name}} {{.Mode}} {{.Replicas}} {{.Image}} {{.Ports}}"),
+        ("service ls", r"table {{.Name}}\t{{.Replicas}}\t{{json .Mode}}"),
+        ("service ls", "json"),
+        ("service ls -q", "table"),
+        ("service ps web", "{{.ID}} {{.Name}} {{.Image}} {{.Node}} {{.DesiredState}} {{.Error}}"),
+        ("service ps web -q --no-trunc --filter desired-state=running", "table"),
+        ("service ps web --no-resolve", "{{title .Node}}{{pad .Name 1 2}}{{truncate .ID 3}}"),
+        (
+            "service inspect web",
+            "{{json .Spec.Labels}}{{range .Endpoint.Ports}}{{.TargetPort}}{{end}}",
+        ),
+        ("service inspect web", r#"{{index .Spec.Labels "tier"}}{{if .UpdateStatus}}x{{end}}"#),
+        ("node inspect self", "{{.Description.Hostname}} {{.Spec.Role}} {{.ManagerStatus.Leader}}"),
+        ("network inspect app", "{{.ID}} {{range .IPAM.Config}}{{.Subnet}}{{end}} {{.Scope}}"),
+        ("info", "{{.Swarm.NodeID}} {{.Swarm.LocalNodeState}}"),
+        ("version", "{{.Server.Version}} {{.Server.Os}} {{.Server.APIVersion}}"),
+    ] {
+        let words: Vec<&str> = line.split(' ').chain(["--format", format]).collect();
+        let said = |program| -> Result<Vec<String>> {
+            let said = c.client(program, "m1", &words)?.ok()?;
+            // Go's JSON is fit for HTML. In which order things are listed is each client's own.
+            let said = said.replace(r"\u003e", ">");
+            let mut lines: Vec<_> = said.lines().map(|line| line.trim().to_owned()).collect();
+            lines.sort();
+            Ok(lines)
+        };
+        let (ours, stock) = (said("meshctl")?, said("docker")?);
+        ensure!(ours == stock && !ours.is_empty(), "{words:?}:\n{ours:#?}\n{stock:#?}");
+    }
+    Ok(())
+}
+
+fn filters_and_formats_are_checked(c: &Cluster) -> Result<()> {
+    c.service("--name web --replicas 2 --label tier=front", "sleep infinity")?;
+    c.service("--name all --mode global", "sleep infinity")?;
+    for (line, expected) in [
+        ("service ls --filter label=tier=front", "web"),
+        ("service ls --filter mode=global", "all"),
+        ("service ls --filter name=we --filter name=al", "all web"),
+    ] {
+        let names = c.meshctl("m1", &format!("{line} --format {{{{.Name}}}}"))?.ok()?;
+        ensure!(names.split_whitespace().collect::<Vec<_>>().join(" ") == expected, "{names}");
+    }
+    for (line, said) in [
+        ("service ls --filter nmae=x", "did you mean `name`"),
+        ("node ps m1 --filter bogus=x", "desired-state"),
+        ("network ls --filter name", "key=value"),
+        ("node ls --format {{.Hostnmae}}", "did you mean `.Hostname`"),
+        ("service inspect web --format {{.Spec.Nmae}}", "did you mean `.Name`"),
+        ("service ls --format {{jsn}}", "did you mean `json`"),
+        ("service ls --format yaml", "use table, json"),
+    ] {
+        c.meshctl("m1", line)?.refused(&[said])?;
     }
     Ok(())
 }

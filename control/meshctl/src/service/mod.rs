@@ -14,8 +14,10 @@ use serde_json::{Value, json};
 
 use crate::{
     Usage,
-    client::{Client, escape, filter_query},
-    output::{Format, InspectFormat, Table, error_text, for_each, natural, objects, say, short},
+    client::{Client, escape},
+    output::{
+        InspectFormat, ListArgs, Table, error_text, fields, for_each, natural, objects, say, short,
+    },
 };
 
 #[derive(Debug, Subcommand)]
@@ -26,9 +28,10 @@ pub(crate) enum Command {
     /// `--container-label mesh.runtime=process IMAGE CMD…`, where the image is only a label.
     Create(Box<create::CreateArgs>),
     /// List services
-    #[command(alias = "list")]
+    #[command(alias = "list", after_help = fields(FILTERS, &[COLUMNS]))]
     Ls(ListArgs),
     /// List the tasks of services
+    #[command(after_help = fields(ps::FILTERS, &[ps::COLUMNS]))]
     Ps(ps::PsArgs),
     /// Show all that is known of services
     Inspect {
@@ -73,19 +76,6 @@ pub(crate) struct WaitArgs {
     no_resolve_image: bool,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct ListArgs {
-    /// `id=`, `name=`, `label=`, `mode=` (may be repeated)
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    filter: Vec<String>,
-    /// How to print
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
-    /// Print ids alone
-    #[arg(short, long)]
-    quiet: bool,
-}
-
 pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Result<()> {
     match command {
         Command::Create(args) => create::run(client, *args, raw).await,
@@ -118,24 +108,28 @@ const COLUMNS: &[(&str, &str)] = &[
     ("IMAGE", "Image"),
     ("PORTS", "Ports"),
 ];
+const FILTERS: &[&str] = &["id", "label", "mode", "name", "runtime"];
 
 async fn list(client: &Client, args: ListArgs) -> Result<()> {
-    let query = filter_query(&args.filter)?;
+    let query = args.query(FILTERS, std::iter::empty())?;
     let services: Vec<Service> = client.get(&format!("/services?status=true&{query}")).await?;
     let mut services = services
         .into_iter()
         .map(|service| Ok((spec_of(&service)?, service)))
         .collect::<Result<Vec<_>>>()?;
     services.sort_by_key(|(spec, _)| natural(&spec.name));
-    if args.quiet {
-        return services.iter().try_for_each(|(_, service)| say(short(&service.id)));
+    let id = |service: &Service| {
+        if args.no_trunc { service.id.clone() } else { short(&service.id) }
+    };
+    if args.ids_alone() {
+        return services.iter().try_for_each(|(_, service)| say(id(service)));
     }
     let mut table = Table::new(COLUMNS);
     for (spec, service) in services {
         let status = service.service_status.unwrap_or_default();
         let container = spec.task_template.container_spec.unwrap_or_default();
         table.row(vec![
-            short(&service.id),
+            id(&service),
             spec.name,
             if spec.mode.global.is_some() { "global" } else { "replicated" }.to_owned(),
             format!("{}/{}", status.running_tasks, status.desired_tasks),
@@ -143,7 +137,7 @@ async fn list(client: &Client, args: ListArgs) -> Result<()> {
             ports(&service.endpoint.ports),
         ]);
     }
-    table.print(args.format)
+    table.print(&args.format)
 }
 
 /// The typed part of a service's spec.

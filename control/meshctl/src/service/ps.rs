@@ -9,8 +9,8 @@ use mesh_api::{Node, Service, Task};
 
 use super::{image_name, spec_of};
 use crate::{
-    client::{Client, escape, filter_query},
-    output::{Format, Table, ago, error_text, natural, say, short, title},
+    client::{Client, escape},
+    output::{ListArgs, Table, ago, error_text, natural, say, short, title},
 };
 
 #[derive(Debug, Args)]
@@ -25,24 +25,14 @@ pub(crate) struct PsArgs {
 /// How tasks are listed.
 #[derive(Debug, Args)]
 pub(crate) struct TaskListArgs {
-    /// `id=`, `name=`, `node=`, `desired-state=` (may be repeated)
-    #[arg(short, long, value_name = "KEY=VALUE")]
-    filter: Vec<String>,
-    /// How to print
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
-    /// Print nodes' ids instead of their names
+    #[command(flatten)]
+    list: ListArgs,
+    /// Print ids of nodes and services instead of their names
     #[arg(long)]
     no_resolve: bool,
-    /// Print whole ids and errors
-    #[arg(long)]
-    no_trunc: bool,
-    /// Print ids alone
-    #[arg(short, long)]
-    quiet: bool,
 }
 
-const COLUMNS: &[(&str, &str)] = &[
+pub(crate) const COLUMNS: &[(&str, &str)] = &[
     ("ID", "ID"),
     ("NAME", "Name"),
     ("IMAGE", "Image"),
@@ -52,6 +42,8 @@ const COLUMNS: &[(&str, &str)] = &[
     ("ERROR", "Error"),
     ("PORTS", "Ports"),
 ];
+pub(crate) const FILTERS: &[&str] =
+    &["desired-state", "id", "label", "name", "node", "runtime", "service"];
 /// Errors longer than this are cut unless `--no-trunc` is given.
 const ERROR_LEN: usize = 30;
 
@@ -96,14 +88,16 @@ async fn print(
     services: &BTreeMap<String, String>,
     of: impl Iterator<Item = String>,
 ) -> Result<()> {
-    let filters: Vec<String> = args.filter.iter().cloned().chain(of).collect();
-    let tasks: Vec<Task> = client.get(&format!("/tasks?{}", filter_query(&filters)?)).await?;
+    let query = args.list.query(FILTERS, of)?;
+    let tasks: Vec<Task> = client.get(&format!("/tasks?{query}")).await?;
     let nodes: Vec<Node> = if args.no_resolve { Vec::new() } else { client.get("/nodes").await? };
     let nodes: BTreeMap<String, String> =
         nodes.into_iter().map(|node| (node.id, node.description.hostname)).collect();
+    let nobody = BTreeMap::new();
+    let services = if args.no_resolve { &nobody } else { services };
     let rows = ordered(tasks, services, &nodes);
-    let id = |task: &Task| if args.no_trunc { task.id.clone() } else { short(&task.id) };
-    if args.quiet {
+    let id = |task: &Task| if args.list.no_trunc { task.id.clone() } else { short(&task.id) };
+    if args.list.ids_alone() {
         return rows.iter().try_for_each(|(_, task)| say(id(task)));
     }
     let now = Timestamp::now();
@@ -121,11 +115,11 @@ async fn print(
                 title(&task.status.state),
                 lower(&ago(&task.status.timestamp, now))
             ),
-            error(&task.status.err, args.no_trunc),
+            error(&task.status.err, args.list.no_trunc),
             String::new(),
         ]);
     }
-    table.print(args.format)
+    table.print(&args.list.format)
 }
 
 /// `Running less than a second ago`, `Running about a minute ago`.

@@ -1,36 +1,21 @@
-//! What is printed: Docker's tables, JSON lines, times in words, errors.
+//! What is printed: Docker's tables, JSON, Go templates, times in words, errors.
+
+mod colour;
+mod format;
+mod inspect;
+mod table;
+mod template;
 
 use std::io::{self, Write as _};
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
-use serde_json::{Map, Value};
 
-/// How lists are printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Format {
-    /// An aligned table
-    Table,
-    /// One JSON object per line
-    Json,
-}
-
-/// The flags of `inspect`.
-#[derive(Debug, Args)]
-pub(crate) struct InspectFormat {
-    /// `json`: one object per line instead of one indented array
-    #[arg(short, long, value_name = "FORMAT")]
-    pub(crate) format: Option<JsonOnly>,
-}
-
-/// The one format that `inspect` can be asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum JsonOnly {
-    /// One JSON object per line
-    Json,
-}
+pub(crate) use colour::{Tint, on_stdout};
+pub(crate) use format::{Format, ListArgs, fields};
+pub(crate) use inspect::{InspectFormat, ObjectFormat, object, objects};
+pub(crate) use table::Table;
 
 /// Prints a line; a reader that has gone (`| head`) ends the program quietly, as SIGPIPE would.
 pub(crate) fn say(text: impl AsRef<str>) -> Result<()> {
@@ -38,72 +23,6 @@ pub(crate) fn say(text: impl AsRef<str>) -> Result<()> {
     match writeln!(out, "{}", text.as_ref()).and_then(|()| out.flush()) {
         Err(err) if err.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.context("cannot print"),
-    }
-}
-
-/// Rows of a list, under the names of their columns: the heading, and the key in JSON.
-#[derive(Debug)]
-pub(crate) struct Table {
-    columns: &'static [(&'static str, &'static str)],
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    pub(crate) fn new(columns: &'static [(&'static str, &'static str)]) -> Self {
-        Self { columns, rows: Vec::new() }
-    }
-
-    pub(crate) fn row(&mut self, cells: Vec<String>) {
-        debug_assert_eq!(cells.len(), self.columns.len());
-        self.rows.push(cells);
-    }
-
-    pub(crate) fn print(&self, format: Format) -> Result<()> {
-        match format {
-            Format::Table => say(self.aligned()),
-            Format::Json => self.lines().iter().try_for_each(say),
-        }
-    }
-
-    /// Columns as wide as their widest cell and 3 blanks, at least 10; the last is not padded.
-    fn aligned(&self) -> String {
-        let head = self.columns.iter().map(|(heading, _)| (*heading).to_owned()).collect();
-        let all: Vec<&Vec<String>> = std::iter::once(&head).chain(&self.rows).collect();
-        let width = |column: usize| {
-            all.iter().map(|row| row[column].chars().count() + 3).max().unwrap_or(0).max(10)
-        };
-        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        let line = |row: &&Vec<String>| {
-            let last = row.len() - 1;
-            let padded = row.iter().zip(&widths).enumerate();
-            padded
-                .map(
-                    |(at, (cell, width))| {
-                        if at == last { cell.clone() } else { format!("{cell:<width$}") }
-                    },
-                )
-                .collect::<String>()
-        };
-        all.iter().map(line).collect::<Vec<_>>().join("\n")
-    }
-
-    fn lines(&self) -> Vec<String> {
-        let object = |row: &Vec<String>| {
-            let keys = self.columns.iter().map(|(_, key)| (*key).to_owned());
-            let fields = keys.zip(row.iter().cloned().map(Value::String));
-            Value::Object(fields.collect::<Map<_, _>>()).to_string()
-        };
-        self.rows.iter().map(object).collect()
-    }
-}
-
-/// Prints objects as `inspect` does.
-pub(crate) fn objects(objects: &[impl Serialize], format: &InspectFormat) -> Result<()> {
-    match format.format {
-        None => say(indented(&objects)?),
-        Some(JsonOnly::Json) => objects.iter().try_for_each(|object| {
-            say(serde_json::to_string(object).context("cannot print an object")?)
-        }),
     }
 }
 
@@ -118,7 +37,11 @@ pub(crate) fn indented(value: &impl Serialize) -> Result<String> {
 
 /// An error and what caused it. A refusal by the daemon says it all by itself.
 pub(crate) fn error_text(err: &anyhow::Error) -> String {
-    if err.is::<crate::client::Refused>() { err.to_string() } else { format!("error: {err:#}") }
+    if err.is::<crate::client::Refused>() {
+        err.to_string()
+    } else {
+        format!("{} {err:#}", colour::on_stderr(Tint::Bad, "error:"))
+    }
 }
 
 /// Does `act` for each name, goes on after failures, and fails at the end.
@@ -192,21 +115,6 @@ pub(crate) fn natural(name: &str) -> Vec<(String, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const COLUMNS: &[(&str, &str)] = &[("ID", "ID"), ("LONG NAME", "Name"), ("PORTS", "Ports")];
-
-    #[test]
-    fn tables_are_aligned_as_dockers() {
-        let mut table = Table::new(COLUMNS);
-        table.row(vec!["abcdefghijkl".into(), "w".into(), String::new()]);
-        table.row(vec!["x".into(), "web".into(), "*:80->80/tcp".into()]);
-        let expected = "ID             LONG NAME   PORTS\n\
-                        abcdefghijkl   w           \n\
-                        x              web         *:80->80/tcp";
-        assert_eq!(table.aligned(), expected);
-        assert_eq!(table.lines()[1], r#"{"ID":"x","Name":"web","Ports":"*:80->80/tcp"}"#);
-        assert_eq!(Table::new(&[("NAME", "Name"), ("X", "X")]).aligned(), "NAME      X");
-    }
 
     #[test]
     fn times_are_told_in_dockers_words() {
