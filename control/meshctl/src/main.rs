@@ -19,7 +19,10 @@ mod whoami;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{
+    ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    builder::BoolishValueParser, error::ErrorKind,
+};
 
 use client::Client;
 
@@ -29,6 +32,7 @@ const USAGE: u8 = 125;
 /// Operate a mesh cluster.
 #[derive(Debug, Parser)]
 #[command(name = "meshctl", version, about, max_term_width = 100, disable_help_subcommand = true)]
+#[command(args_override_self = true)]
 struct Cli {
     /// The daemon's socket, `unix://PATH`; else MESH_HOST, DOCKER_HOST, unix:///run/mesh/mesh.sock
     #[arg(short = 'H', long, value_name = "URL")]
@@ -66,7 +70,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let raw: Vec<String> = std::env::args().collect();
-    let cli = match Cli::try_parse() {
+    let cli = match parse(&raw) {
         Ok(cli) => cli,
         Err(err) => return usage(&err, &raw),
     };
@@ -77,6 +81,32 @@ fn main() -> ExitCode {
             ExitCode::from(if err.is::<Usage>() { USAGE } else { 1 })
         }
     }
+}
+
+/// The command line; as in the stock CLI, `--detach=false` is another word for leaving it out.
+fn parse(raw: &[String]) -> Result<Cli, clap::Error> {
+    match Cli::try_parse_from(raw) {
+        Err(err) if err.kind() == ErrorKind::TooManyValues => {
+            // The other reading has worse help: it is for those who need it.
+            let matches = with_valued_switches(Cli::command()).try_get_matches_from(raw);
+            matches.and_then(|matches| Cli::from_arg_matches(&matches)).map_err(|_| err)
+        }
+        parsed => parsed,
+    }
+}
+
+fn with_valued_switches(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|arg| match arg.get_action() {
+        ArgAction::SetTrue => arg
+            .action(ArgAction::Set)
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_value("false")
+            .default_missing_value("true")
+            .value_parser(BoolishValueParser::new()),
+        _ => arg,
+    });
+    command.mut_subcommands(with_valued_switches)
 }
 
 /// A command line that clap accepts and that makes no sense all the same.
@@ -132,10 +162,26 @@ fn run(cli: Cli, raw: &[String]) -> Result<ExitCode> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
+    use super::*;
 
     #[test]
     fn the_command_line_is_sound() {
-        super::Cli::command().debug_assert();
+        Cli::command().debug_assert();
+        with_valued_switches(Cli::command()).debug_assert();
+    }
+
+    #[test]
+    fn switches_take_values_and_flags_are_given_again() {
+        let parsed = |line: &str| parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let quiet = |line: &str| match parsed(line).unwrap().command {
+            Command::Node(node::Command::Ls(args)) => args.quiet,
+            _ => panic!("{line}"),
+        };
+        assert!(quiet("meshctl node ls --quiet=true"));
+        assert!(quiet("meshctl node ls -q -q --filter name=x --filter id=y"));
+        assert!(!quiet("meshctl node ls --quiet=false"));
+        assert!(!quiet("meshctl node ls --quiet --quiet=0"));
+        let err = parsed("meshctl node ls --quiet=maybe").unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::TooManyValues);
     }
 }

@@ -3,143 +3,89 @@
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Per verb, Docker's flags that are not implemented.
-const FLAGS: &[(&str, &[&str])] = &[
-    (
-        "service create",
-        &[
-            "--cap-add",
-            "--cap-drop",
-            "--config",
-            "--credential-spec",
-            "--dns",
-            "--dns-option",
-            "--dns-search",
-            "--entrypoint",
-            "--env-file",
-            "--generic-resource",
-            "--group",
-            "--health-cmd",
-            "--health-interval",
-            "--health-retries",
-            "--health-start-interval",
-            "--health-start-period",
-            "--health-timeout",
-            "--host",
-            "--init",
-            "--isolation",
-            "--limit-cpu",
-            "--limit-memory",
-            "--limit-pids",
-            "--log-driver",
-            "--log-opt",
-            "--max-concurrent",
-            "--memory-swap",
-            "--memory-swappiness",
-            "--mount",
-            "--no-healthcheck",
-            "--oom-score-adj",
-            "--placement-pref",
-            "--read-only",
-            "--replicas-max-per-node",
-            "--reserve-cpu",
-            "--reserve-memory",
-            "--secret",
-            "--sysctl",
-            "--tty",
-            "-t",
-            "--ulimit",
-            "--user",
-            "-u",
-            "--with-registry-auth",
-        ],
-    ),
-    (
-        "service update",
-        &[
-            "--cap-add",
-            "--cap-drop",
-            "--config-add",
-            "--config-rm",
-            "--container-label-add",
-            "--container-label-rm",
-            "--endpoint-mode",
-            "--entrypoint",
-            "--host-add",
-            "--hostname",
-            "--image",
-            "--label-add",
-            "--label-rm",
-            "--limit-cpu",
-            "--limit-memory",
-            "--mount-add",
-            "--mount-rm",
-            "--network-add",
-            "--network-rm",
-            "--placement-pref-add",
-            "--publish-add",
-            "--publish-rm",
-            "--replicas-max-per-node",
-            "--reserve-cpu",
-            "--reserve-memory",
-            "--restart-condition",
-            "--restart-delay",
-            "--restart-max-attempts",
-            "--restart-window",
-            "--secret-add",
-            "--secret-rm",
-            "--stop-grace-period",
-            "--stop-signal",
-            "--user",
-            "--workdir",
-        ],
-    ),
-    (
-        "network create",
-        &[
-            "--aux-address",
-            "--config-from",
-            "--config-only",
-            "--ingress",
-            "--ipam-driver",
-            "--ipam-opt",
-            "--ipv4",
-            "--ipv6",
-            "--scope",
-        ],
-    ),
-    (
-        "swarm init",
-        &[
-            "--autolock",
-            "--dispatcher-heartbeat",
-            "--external-ca",
-            "--force-new-cluster",
-            "--max-snapshots",
-            "--snapshot-interval",
-        ],
-    ),
-    ("node update", &["--role"]),
-    ("node inspect", &["--pretty"]),
-    ("service inspect", &["--pretty"]),
-];
+/// Every verb and flag of the stock CLI and what becomes of it here.
+const TABLE: &str = include_str!("../../../tests/surface.txt");
 
-/// Docker's verbs that are not implemented, and what to do instead.
-const VERBS: &[(&str, &str)] = &[
-    ("service logs", "the output of a task is kept on its node"),
-    ("node promote", "let the node leave and join again with the manager token"),
-    ("node demote", "let the node leave and join again with the worker token"),
-    ("network connect", "give the network to the service with --network"),
-    ("network disconnect", "remove the service from the network by making it anew"),
-    ("network prune", "`meshctl network rm` removes one by one"),
-    ("swarm ca", "the root certificate is in `meshctl swarm inspect`"),
-    ("swarm update", "the settings are chosen at `swarm init`"),
-    ("swarm unlock", "clusters are not locked"),
-    ("swarm unlock-key", "clusters are not locked"),
-    ("stack", "create services one by one"),
-    ("secret", "give values in the environment"),
-    ("config", "give values in the environment"),
-];
+/// What becomes of a verb or a flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// Does what it does there.
+    Works,
+    /// Comes later.
+    Due,
+    /// Never comes.
+    Refused,
+}
+
+impl Fate {
+    fn parse(word: &str) -> Option<Self> {
+        match word {
+            "works" => Some(Self::Works),
+            "due" => Some(Self::Due),
+            "refused" => Some(Self::Refused),
+            _ => None,
+        }
+    }
+
+    /// Nothing for what works.
+    fn say(self, what: &str, reason: &str) -> Option<String> {
+        match self {
+            Self::Works => None,
+            Self::Due => Some(format!("{what} is not implemented yet by mesh: {reason}")),
+            Self::Refused => Some(format!("{what} is refused by mesh: {reason}")),
+        }
+    }
+}
+
+/// A verb of the stock CLI.
+#[derive(Debug)]
+struct Verb<'a> {
+    name: &'a str,
+    fate: Fate,
+    reason: &'a str,
+    flags: Vec<Flag<'a>>,
+}
+
+#[derive(Debug)]
+struct Flag<'a> {
+    fate: Fate,
+    /// `--name`, and `-n` if there is one.
+    names: Vec<&'a str>,
+    /// It takes a value.
+    #[cfg_attr(not(test), expect(dead_code, reason = "meshctl's own flags are held against it"))]
+    valued: bool,
+    reason: &'a str,
+}
+
+/// The table's verbs; what is no line of it is `None`, and a test's business.
+fn verbs(table: &str) -> Option<Vec<Verb<'_>>> {
+    let mut verbs: Vec<Verb<'_>> = Vec::new();
+    for line in table.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        let Some(flag) = line.strip_prefix("  ") else {
+            let (name, rest) = line.split_once(": ")?;
+            let (fate, reason) = rest.split_once(' ').unwrap_or((rest, ""));
+            let (fate, reason) = (Fate::parse(fate)?, reason.trim());
+            verbs.push(Verb { name, fate, reason, flags: Vec::new() });
+            continue;
+        };
+        let (fate, rest) = flag.split_once(' ')?;
+        let mut words = rest.split_whitespace().peekable();
+        let mut names = Vec::new();
+        while let Some(name) = words.next_if(|word| word.starts_with('-')) {
+            names.push(name);
+        }
+        let last = names.last_mut()?;
+        let valued = last.ends_with('=');
+        *last = last.trim_end_matches('=');
+        let reason = match words.next() {
+            Some(word) => rest[rest.find(&format!(" {word}"))?..].trim(),
+            None => verbs.last()?.reason,
+        };
+        let flag = Flag { fate: Fate::parse(fate)?, names, valued, reason };
+        verbs.last_mut()?.flags.push(flag);
+    }
+    Some(verbs)
+}
 
 /// What to say in place of clap's own words.
 pub(crate) fn explain(err: &clap::Error, raw: &[String]) -> Option<String> {
@@ -149,18 +95,22 @@ pub(crate) fn explain(err: &clap::Error, raw: &[String]) -> Option<String> {
     };
     match err.kind() {
         ErrorKind::UnknownArgument => {
-            let flag = context(ContextKind::InvalidArg)?;
-            let flag = flag.split(['=', ' ']).next()?;
-            let (verb, _) =
-                FLAGS.iter().find(|(verb, flags)| flags.contains(&flag) && has_verb(raw, verb))?;
-            Some(format!("{flag} of `docker {verb}` is not implemented yet by mesh: leave it out"))
+            let word = context(ContextKind::InvalidArg)?;
+            let word = word.split(['=', ' ']).next()?;
+            let verbs = verbs(TABLE)?;
+            let verb = verbs.iter().find(|verb| has_verb(raw, verb.name))?;
+            let flag = verb.flags.iter().find(|flag| flag.names.contains(&word))?;
+            flag.fate.say(&format!("{word} of `docker {}`", verb.name), flag.reason)
         }
         ErrorKind::InvalidSubcommand => {
             let word = context(ContextKind::InvalidSubcommand)?;
-            let (verb, instead) = VERBS.iter().find(|(verb, _)| {
-                verb.split(' ').next_back() == Some(word) && has_verb(raw, verb)
-            })?;
-            Some(format!("`docker {verb}` is not implemented yet by meshctl: {instead}"))
+            let verbs = verbs(TABLE)?;
+            let named = verbs.iter().filter(|verb| verb.name.split(' ').any(|part| part == word));
+            // `docker secret` alone stands for all of its verbs.
+            let whole = named.clone().find(|verb| has_verb(raw, verb.name));
+            let first = named.into_iter().find(|verb| verb.name.starts_with(&format!("{word} ")));
+            let verb = whole.or(first.filter(|_| raw.iter().any(|said| said == word)))?;
+            verb.fate.say(&format!("`docker {}`", verb.name), verb.reason)
         }
         _ => None,
     }
@@ -201,23 +151,84 @@ mod tests {
         explain(&crate::Cli::try_parse_from(&raw).unwrap_err(), &raw)
     }
 
+    /// The clap command of a verb.
+    fn command(verb: &str) -> Option<clap::Command> {
+        use clap::CommandFactory as _;
+        let mut command = crate::Cli::command();
+        for word in verb.split(' ') {
+            command = command.find_subcommand(word)?.clone();
+        }
+        Some(command)
+    }
+
     #[test]
-    fn every_known_flag_is_refused_as_such() {
-        for (verb, flags) in FLAGS {
-            for flag in *flags {
-                let text = said(&format!("meshctl {verb} {flag} x"));
-                let text = text.unwrap_or_else(|| panic!("{verb} {flag} is not explained"));
-                assert!(text.contains(flag) && text.contains("not implemented yet"), "{text}");
+    fn what_works_can_be_given() {
+        let verbs = verbs(TABLE).expect("every line of the table is understood");
+        assert!(verbs.len() > 50, "{}", verbs.len());
+        for verb in verbs.iter().filter(|verb| verb.fate == Fate::Works) {
+            let command = command(verb.name).unwrap_or_else(|| panic!("no verb {}", verb.name));
+            for flag in verb.flags.iter().filter(|flag| flag.fate == Fate::Works) {
+                let what = format!("{} {:?}", verb.name, flag.names);
+                let arg = command.get_arguments().find(|arg| {
+                    arg.get_long().is_some_and(|long| flag.names.contains(&&*format!("--{long}")))
+                });
+                let arg = arg.unwrap_or_else(|| panic!("{what} is not there"));
+                if let [short, _] = flag.names[..] {
+                    let own = arg.get_short().map(|short| format!("-{short}"));
+                    assert_eq!(own.as_deref(), Some(short), "{what}");
+                }
+                assert_eq!(arg.get_action().takes_values(), flag.valued, "{what} takes a value");
             }
         }
     }
 
     #[test]
-    fn every_known_verb_is_refused_as_such() {
-        for (verb, instead) in VERBS {
-            assert!(said(&format!("meshctl {verb} x")).unwrap().contains(instead), "{verb}");
+    fn what_does_not_is_refused_by_name_with_a_reason() {
+        for verb in verbs(TABLE).unwrap() {
+            if verb.fate != Fate::Works {
+                let text = said(&format!("meshctl {} x", verb.name));
+                let text = text.unwrap_or_else(|| panic!("{} is not explained", verb.name));
+                assert!(text.contains(verb.name) && text.contains(verb.reason), "{text}");
+                assert!(text.contains(" by mesh: ") && !verb.reason.is_empty(), "{text}");
+                continue;
+            }
+            for flag in verb.flags.iter().filter(|flag| flag.fate != Fate::Works) {
+                assert!(!flag.reason.is_empty(), "{} {:?} has no reason", verb.name, flag.names);
+                for name in &flag.names {
+                    let text = said(&format!("meshctl {} {name} x", verb.name));
+                    let text = text.unwrap_or_else(|| panic!("{} {name}: silent", verb.name));
+                    assert!(text.contains(name) && text.contains(flag.reason), "{text}");
+                }
+            }
         }
+    }
+
+    #[test]
+    fn other_mistakes_are_claps() {
         assert_eq!(said("meshctl service crate"), None);
         assert_eq!(said("meshctl service create --nosuch"), None);
+        assert_eq!(said("meshctl secrets ls"), None);
+        let said = said("meshctl secret create x").unwrap();
+        assert!(said.starts_with("`docker secret create` is not implemented yet"), "{said}");
+    }
+
+    #[test]
+    fn lines_that_are_no_table_are_found() {
+        for bad in ["x", "x: maybe", "  works --x", "x: works\n  perhaps --x", "x: due\n  due y"] {
+            assert!(verbs(bad).is_none(), "{bad}");
+        }
+        let verbs =
+            verbs("# c\na b: due  why not\n  works    -x --yes=   because of it\n").unwrap();
+        assert_eq!((verbs[0].name, verbs[0].reason), ("a b", "why not"));
+        let flag = &verbs[0].flags[0];
+        assert_eq!((&flag.names[..], flag.valued), (&["-x", "--yes"][..], true));
+        assert_eq!((flag.fate, flag.reason), (Fate::Works, "because of it"));
+    }
+
+    #[test]
+    fn near_names_are_suggested() {
+        let names = || ["name", "label", "node"].into_iter();
+        assert_eq!(did_you_mean("nmae", names(), "--"), "; did you mean `--name`?");
+        assert_eq!(did_you_mean("xyz", names(), ""), "");
     }
 }
