@@ -3,12 +3,12 @@
 //! tools, and the test executables with their libraries.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     fs,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::mpsc,
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -324,7 +324,8 @@ fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<usiz
         .arg(kernel.root.join(format!("boot/vmlinuz-{}", kernel.release)))
         .arg("-initrd")
         .arg(initrd)
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        // Without KVM on a busy machine the guest's timer may be late, and its kernel would panic.
+        .args(["-append", "console=ttyS0 panic=-1 quiet no_timer_check"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
@@ -342,31 +343,134 @@ fn boot(dir: &Path, kernel: &Kernel, initrd: &Path, tests: usize) -> Result<usiz
     });
     let start = Instant::now();
     let deadline = start + DEADLINE;
-    let (mut passed, mut failed, mut cases) = (0, Vec::new(), 0);
-    loop {
+    let mut heard = Heard::default();
+    let late = loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let Ok(line) = received.recv_timeout(left) else { break };
-        writeln!(log, "[{:6.1}] {line}", start.elapsed().as_secs_f32())?;
+        match received.recv_timeout(left) {
+            Ok(line) => {
+                writeln!(log, "[{:6.1}] {line}", start.elapsed().as_secs_f32())?;
+                if heard.line(&line) {
+                    println!("  {}: {line}", kernel.series);
+                }
+            }
+            Err(error) => break error == RecvTimeoutError::Timeout,
+        }
+    };
+    let _ = child.kill();
+    let _ = child.wait();
+    println!("  {}: {} tests passed", kernel.series, heard.cases);
+    let Heard { passed, failed, .. } = &heard;
+    if failed.is_empty() && *passed == tests {
+        return Ok(heard.cases);
+    }
+    for line in heard.why() {
+        println!("  {}: {line}", kernel.series);
+    }
+    bail!(
+        "kernel {}: {passed} of {tests} test programs passed, failed: {failed:?}{}; \
+         the guest's whole output is in {}",
+        kernel.release,
+        if late { format!(", ended after {} s", DEADLINE.as_secs()) } else { String::new() },
+        log_path.display()
+    )
+}
+
+/// How many lines tell why a guest failed.
+const WHY: usize = 150;
+
+/// What a guest said.
+#[derive(Default)]
+struct Heard {
+    /// Test programs that passed, and names of those that did not.
+    passed: usize,
+    failed: Vec<String>,
+    /// Tests that passed.
+    cases: usize,
+    /// What the tests that failed printed: between `failures:` and `test result:`.
+    failures: Vec<String>,
+    /// Whether more of that is to come.
+    in_failures: bool,
+    /// The newest lines.
+    tail: VecDeque<String>,
+}
+
+impl Heard {
+    /// Takes a line; whether to show it at once.
+    fn line(&mut self, line: &str) -> bool {
+        if self.tail.len() == WHY / 5 {
+            self.tail.pop_front();
+        }
+        self.tail.push_back(line.to_owned());
+        if line.starts_with("test result:") {
+            self.in_failures = false;
+        } else if self.in_failures || line == "failures:" {
+            self.in_failures = true;
+            self.failures.push(line.to_owned());
+            return false;
+        }
         let result = line.split_once("VM-RESULT ").and_then(|(_, rest)| rest.rsplit_once(' '));
         match result {
-            Some((_, "0")) => passed += 1,
-            Some((test, _)) => failed.push(test.to_owned()),
+            Some((_, "0")) => self.passed += 1,
+            Some((test, _)) => self.failed.push(test.to_owned()),
             None if line.starts_with("test ") || line.contains("VM-KERNEL") => {
-                cases += usize::from(line.ends_with(" ok"));
-                println!("  {}: {line}", kernel.series);
+                self.cases += usize::from(line.ends_with(" ok"));
+                return true;
             }
             None => {}
         }
+        false
     }
-    let _ = child.kill();
-    let _ = child.wait();
-    println!("  {}: {cases} tests passed", kernel.series);
-    ensure!(
-        failed.is_empty() && passed == tests,
-        "kernel {}: {passed} of {tests} test programs passed, failed: {failed:?}; \
-         the guest's output is in {}",
-        kernel.release,
-        log_path.display()
-    );
-    Ok(cases)
+
+    /// Why it failed: the output of the tests that did, or what came last if the guest ended, or
+    /// was ended, before they could say. A panic's message is near the beginning.
+    fn why(&self) -> Vec<String> {
+        if self.failures.is_empty() {
+            return self.tail.iter().cloned().collect();
+        }
+        let left_out = self.failures.len().saturating_sub(WHY);
+        let mut why: Vec<_> = self.failures.iter().take(WHY).cloned().collect();
+        if left_out > 0 {
+            why.push(format!("({left_out} more lines)"));
+        }
+        why
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Heard, WHY};
+
+    fn heard(text: &str) -> (Heard, Vec<&str>) {
+        let mut heard = Heard::default();
+        let shown = text.lines().filter(|line| heard.line(line)).collect();
+        (heard, shown)
+    }
+
+    #[test]
+    fn a_failing_test_is_quoted() {
+        let (heard, shown) = heard(
+            "VM-KERNEL 6.1\n\nrunning 2 tests\ntest a ... ok\ntest b ... FAILED\n\nfailures:\n\n\
+             ---- b stdout ----\nscene: 3 s\ntest tube broke\n\nfailures:\n    b\n\n\
+             test result: FAILED. 1 passed; 1 failed\n\nVM-RESULT /tests/00-kernel 101\nbye",
+        );
+        assert_eq!((heard.passed, heard.cases), (0, 1));
+        assert_eq!(heard.failed, ["/tests/00-kernel"]);
+        assert_eq!(shown.len(), 4, "{shown:?}");
+        let why = heard.why().join("\n");
+        assert!(why.contains("---- b stdout ----\nscene: 3 s\ntest tube broke"), "{why}");
+        assert!(!why.contains("bye") && !why.contains("test a"), "{why}");
+    }
+
+    #[test]
+    fn what_came_last_is_shown_of_a_guest_that_died() {
+        let (heard, _) = heard("VM-KERNEL 6.1\ntest a ... ok\nKernel panic");
+        assert_eq!(heard.why().last().map(String::as_str), Some("Kernel panic"));
+    }
+
+    #[test]
+    fn long_output_is_cut() {
+        let (heard, _) = heard(&format!("failures:\n{}", "line\n".repeat(1000)));
+        assert_eq!(heard.why().len(), WHY + 1);
+        assert!(heard.why()[WHY].contains("851 more"));
+    }
 }
