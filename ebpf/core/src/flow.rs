@@ -190,6 +190,14 @@ pub const fn is_closed(state: u16) -> bool {
     state & CLOSED == CLOSED
 }
 
+/// Whether this entry tells that the backend answered. Of a flow's two entries that of the client's
+/// packets does not know before the client goes on; but that both know of the backend's FIN.
+#[inline(always)]
+#[must_use]
+pub const fn is_answered(state: u16) -> bool {
+    state & (FLOW_STATE_REPLIED | FLOW_STATE_FIN_REPLY) != 0
+}
+
 /// Whether a hairpin's entry is that of the replies.
 #[inline(always)]
 #[must_use]

@@ -191,8 +191,9 @@ impl Model {
 fn a_connection_from_syn_to_the_last_ack() {
     let mut flow = Model::default();
     flow.packet(false, SYN);
+    assert!(!flow.state.into_iter().any(is_answered));
     flow.packet(true, SYN_ACK);
-    assert!(!flow.established);
+    assert!(!flow.established && flow.state.into_iter().any(is_answered));
     flow.packet(false, ACK);
     assert!(flow.established);
     for _ in 0..3 {
@@ -204,6 +205,7 @@ fn a_connection_from_syn_to_the_last_ack() {
     assert_eq!(flow.packet(true, FIN), Step::Keep);
     flow.packet(false, FIN);
     assert!(!flow.established && !flow.gone);
+    assert!(flow.state.into_iter().all(is_answered), "else it is taken for half-open");
     // The last packets still find their way, and change nothing.
     assert_eq!(flow.packet(true, ACK), Step::Keep);
     assert_eq!(flow.packet(false, ACK), Step::Keep);

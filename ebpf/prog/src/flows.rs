@@ -86,7 +86,7 @@ impl Entry {
         // What has just become established has left the LRU, and so has the entry looked at.
         !self.established
             && FLOWS.get_ptr(key).is_none()
-            && self.value().state & FLOW_STATE_REPLIED == 0
+            && !flow::is_answered(self.value().state)
     }
 
     /// Removes the flow.
