@@ -1,11 +1,12 @@
 //! The engine of one node: healing, restart, refusal, what is not ours.
 
-use std::time::Instant;
+use std::{net::Ipv4Addr, time::Instant};
 
 use mesh_linux::Report;
 
 use crate::{
     host::{count, ip, patience, ping, sh},
+    net::{Asking, Server, udp},
     node::{Damage, Node},
 };
 
@@ -173,12 +174,8 @@ fn a_restart_cuts_nothing() {
         let leases = engine.leases().to_vec();
         let saved = serde_json::to_string(&leases).unwrap();
         let (maps, links) = (net.dump("ENDPOINTS"), sh("ip -o link | sort"));
-        let ping = format!("exec ip netns exec {} ping -qf -i 0.002 -w 3 10.0.0.3", net.name("a"));
-        let ping = std::process::Command::new("sh")
-            .args(["-c", &ping])
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+        let server = Server::start("b", &net.name("b"), 80);
+        let asking = Asking::start(udp(&net.name("a"), Ipv4Addr::new(10, 0, 0, 3), 80));
         drop(engine);
         let mut engine = net.engine();
         engine.restore(serde_json::from_str(&saved).unwrap());
@@ -193,9 +190,9 @@ fn a_restart_cuts_nothing() {
             .collect();
         assert!(others.is_empty(), "{others:#?}");
         assert_eq!((net.dump("ENDPOINTS"), sh("ip -o link | sort")), (maps, links));
-        let out = ping.wait_with_output().unwrap();
-        let out = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.contains(" 0% packet loss"), "{out}");
+        let answers = asking.stop();
+        assert!(answers > 10, "only {answers} questions");
+        drop(server);
     });
 }
 

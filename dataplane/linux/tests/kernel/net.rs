@@ -4,17 +4,37 @@
 //! that comes and answers with the number of bytes (8 digits) and as many bytes.
 
 use std::{
+    fs,
     io::{self, Read, Write},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsRawFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU16, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use nix::sys::{
+    socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket,
+        sockopt::{ReuseAddr, SendTimeout},
+    },
+    time::TimeVal,
+};
+
 use crate::host::{inside, patience};
+
+/// Below the ports that the kernel gives itself.
+static NEXT_PORT: AtomicU16 = AtomicU16::new(16_000);
+
+/// A port of a client's own. The kernel's choice falls upon a port of an earlier flow now and then,
+/// and if both meet at one backend it sees another port in place of the later one's: this is right,
+/// and not what most scenes are about.
+pub(crate) fn own_port() -> u16 {
+    NEXT_PORT.fetch_add(1, Ordering::Relaxed)
+}
 
 /// An answer: who gave it, and which client it saw.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,10 +128,15 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn open(netns: &str, to: Ipv4Addr, port: u16) -> io::Result<Self> {
-        let to = SocketAddr::from((to, port));
-        let mut stream = inside(netns, || TcpStream::connect_timeout(&to, patience()))?;
+        Self::open_from(netns, own_port(), to, port)
+    }
+
+    /// From a port of the caller's choice.
+    pub(crate) fn open_from(netns: &str, own: u16, to: Ipv4Addr, port: u16) -> io::Result<Self> {
+        let to = SocketAddrV4::new(to, port);
+        let mut stream =
+            inside(netns, || connected(SockType::Stream, own, to).map(TcpStream::from))?;
         stream.set_read_timeout(Some(patience()))?;
-        stream.set_write_timeout(Some(patience()))?;
         let mut line = Vec::new();
         let mut byte = [0];
         while byte != [b'\n'] {
@@ -135,6 +160,20 @@ impl Connection {
     }
 }
 
+/// A socket of the calling thread's namespace, from one of its ports, which sockets to other peers
+/// may share.
+fn connected(kind: SockType, own: u16, to: SocketAddrV4) -> io::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, ReuseAddr, &true)?;
+    // It limits connecting too.
+    let limit = TimeVal::new(patience().as_secs().cast_signed(), 0);
+    setsockopt(&socket, SendTimeout, &limit)?;
+    let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, own);
+    bind(socket.as_raw_fd(), &SockaddrIn::from(any))?;
+    connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
+    Ok(socket)
+}
+
 /// Asks over TCP.
 pub(crate) fn ask_tcp(netns: &str, to: Ipv4Addr, port: u16) -> Answer {
     let failed = |error| panic!("TCP from {netns} to {to}:{port}: {error}");
@@ -146,12 +185,16 @@ pub(crate) fn ask_tcp(netns: &str, to: Ipv4Addr, port: u16) -> Answer {
 
 /// A UDP socket in a namespace, connected: it hears of errors, and of its peer alone.
 pub(crate) fn udp(netns: &str, to: Ipv4Addr, port: u16) -> UdpSocket {
-    inside(netns, || {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-        socket.connect((to, port)).unwrap();
-        socket.set_read_timeout(Some(patience())).unwrap();
-        socket
-    })
+    udp_from(netns, own_port(), to, port)
+}
+
+/// From a port of the caller's choice.
+pub(crate) fn udp_from(netns: &str, own: u16, to: Ipv4Addr, port: u16) -> UdpSocket {
+    let to = SocketAddrV4::new(to, port);
+    let socket = inside(netns, || connected(SockType::Datagram, own, to).map(UdpSocket::from));
+    let socket = socket.unwrap();
+    socket.set_read_timeout(Some(patience())).unwrap();
+    socket
 }
 
 /// Sends a datagram of so many bytes and waits for the answer.
@@ -160,6 +203,34 @@ pub(crate) fn exchange_udp(socket: &UdpSocket, len: usize) -> io::Result<Answer>
     let mut buffer = [0; 2048];
     let got = socket.recv(&mut buffer)?;
     Ok(Answer::parse(&String::from_utf8_lossy(&buffer[..got]), socket.local_addr()?))
+}
+
+/// Asks over UDP again and again, as soon as it is answered: a packet that is lost is noticed.
+pub(crate) struct Asking {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<io::Result<usize>>,
+}
+
+impl Asking {
+    pub(crate) fn start(socket: UdpSocket) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut answers = 0;
+            while !stopped.load(Ordering::SeqCst) {
+                exchange_udp(&socket, 5)?;
+                answers += 1;
+            }
+            Ok(answers)
+        });
+        Self { stop, thread }
+    }
+
+    /// How many answers came. Panics if one did not.
+    pub(crate) fn stop(self) -> usize {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap().expect("every question is answered")
+    }
 }
 
 /// Asks over UDP.
@@ -174,6 +245,24 @@ pub(crate) fn hears(socket: &UdpSocket, moment: Duration) -> Option<Vec<u8>> {
     socket.set_read_timeout(Some(moment)).unwrap();
     let mut buffer = [0; 2048];
     socket.recv(&mut buffer).ok().map(|len| buffer[..len].to_vec())
+}
+
+/// A state of TCP sockets (`include/net/tcp_states.h`): closed by both sides, as this one sees it.
+pub(crate) const LAST_ACK: &str = "09";
+
+/// How many TCP sockets of a namespace are in a state.
+pub(crate) fn count_tcp(netns: &str, state: &str) -> usize {
+    let table = inside(netns, || fs::read_to_string("/proc/thread-self/net/tcp")).unwrap();
+    table.lines().filter(|line| line.split_whitespace().nth(3) == Some(state)).count()
+}
+
+/// How many resets a namespace has sent.
+pub(crate) fn resets(netns: &str) -> u64 {
+    let text = inside(netns, || fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
+    let mut tcp = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (tcp.next().unwrap(), tcp.next().unwrap());
+    let at = names.split(' ').position(|name| name == "OutRsts").unwrap();
+    values.split(' ').nth(at).unwrap().parse().unwrap()
 }
 
 /// A VXLAN packet's UDP payload (RFC 7348, section 5) that carries a UDP datagram.

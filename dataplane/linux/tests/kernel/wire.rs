@@ -14,7 +14,10 @@ use mesh_types::record::EndpointState;
 use crate::{
     cluster::{CLIENT, Cluster, INGRESS_VNI, Mode, OVERLAY_VNI, ROUTER, VIP, vtep},
     host::{eventually, in_vm, inside, ip, patience, ping},
-    net::{Answer, Connection, Forged, Server, ask_tcp, ask_udp, exchange_udp, hears, udp},
+    net::{
+        Answer, Connection, Forged, LAST_ACK, Server, ask_tcp, ask_udp, count_tcp, exchange_udp,
+        hears, own_port, resets, udp, udp_from,
+    },
     node::node,
 };
 
@@ -77,6 +80,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("VIP", vip),
     ("hairpin", hairpin),
     ("mesh through every node", mesh),
+    ("one port, many nodes", one_port),
     ("published ports from inside", mesh_from_inside),
     ("errors come back", errors),
     ("path MTU", path_mtu),
@@ -173,6 +177,30 @@ fn mesh(cluster: &mut Cluster) {
         Connection::open(&client, vtep(node), 8080).unwrap().exchange(bulk() / 4).unwrap();
         assert!(cluster.counted(node, Counter::MeshIn) > before);
     }
+}
+
+/// Flows of one client's port through three nodes: two of them meet at one of the two backends,
+/// which sees another port in place of the later one's. None is mistaken for another.
+fn one_port(cluster: &mut Cluster) {
+    let client = cluster.netns("client");
+    let own = own_port();
+    let check = |answers: Vec<&Answer>| {
+        let seen: BTreeSet<_> = answers.iter().map(|a| (&a.server, a.client)).collect();
+        assert_eq!(seen.len(), 3, "{answers:?}");
+        assert!(answers.iter().all(|answer| answer.client.ip() == CLIENT), "{answers:?}");
+        assert!(answers.iter().any(|answer| answer.client.port() != own), "{answers:?}");
+    };
+    let connections =
+        [1, 2, 3].map(|node| Connection::open_from(&client, own, vtep(node), 8080).unwrap());
+    check(connections.iter().map(|connection| &connection.answer).collect());
+    for connection in connections {
+        connection.exchange(100_000).unwrap();
+    }
+    let sockets = [1, 2, 3].map(|node| udp_from(&client, own, vtep(node), 8080));
+    let answers = || sockets.each_ref().map(|socket| exchange_udp(socket, 5).unwrap());
+    let first = answers();
+    check(first.iter().collect());
+    assert_eq!(answers(), first);
 }
 
 /// Tasks call published ports: of their own node (where the node stands for the client), of another
@@ -374,27 +402,39 @@ fn spoofing(cluster: &mut Cluster) {
 /// A flow that nobody answered leaves the backend whose node is withdrawn; others stay.
 fn withdrawn(cluster: &mut Cluster) {
     let (client, d) = (cluster.netns("client"), cluster.task("d"));
-    let came = |cluster: &Cluster, node| cluster.counted(node, Counter::FromTunnel);
-    // Nobody listens at the first port of each.
+    let (a, b) = (cluster.netns("a"), cluster.netns("b"));
+    // They hear, and say nothing.
+    let mute = ["a", "b"].map(|task| {
+        let bound = || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 81)).unwrap();
+        (task, inside(&cluster.netns(task), bound))
+    });
+    let goes_to = |socket: &UdpSocket| {
+        socket.send(b"hello").unwrap();
+        let mut heard = None;
+        eventually("a backend hears it", || {
+            let a_moment = Duration::from_millis(1);
+            heard = mute.iter().find(|(_, socket)| hears(socket, a_moment).is_some());
+            heard.is_some()
+        });
+        heard.map(|(task, _)| *task).unwrap()
+    };
     for (netns, to, deaf, port) in [(&client, vtep(3), 8081, 8080), (&d.netns, VIP, 81, 80)] {
         let established = (0..40)
             .map(|_| Connection::open(netns, to, port).unwrap())
             .find(|connection| connection.answer.server == "a")
             .expect("one to `a`");
-        let asks = |cluster: &Cluster, socket: &UdpSocket| {
-            let before = [1, 2].map(|node| came(cluster, node));
-            exchange_udp(socket, 5).expect_err("nobody listens");
-            let after = [1, 2].map(|node| came(cluster, node));
-            (after[0] > before[0], after[1] > before[1])
-        };
         let half_open = (0..40)
             .map(|_| udp(netns, to, deaf))
-            .find(|socket| asks(cluster, socket) == (true, false))
+            .find(|socket| goes_to(socket) == "a")
             .expect("one to `a`");
-        assert_eq!(asks(cluster, &half_open), (true, false));
+        assert_eq!(goes_to(&half_open), "a");
         cluster.set_withdrawn(3, &[1]);
-        assert_eq!(asks(cluster, &half_open), (false, true));
+        assert_eq!(goes_to(&half_open), "b");
+        // To its very last packet, which comes when both sides have closed it.
+        let before = resets(&b);
         established.exchange(100_000).unwrap();
+        eventually("`a` hears the end", || count_tcp(&a, LAST_ACK) == 0);
+        assert_eq!(resets(&b), before, "`b` got packets of a connection to `a`");
         cluster.set_withdrawn(3, &[]);
     }
 }
