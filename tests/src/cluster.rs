@@ -158,7 +158,7 @@ impl Cluster {
         Self { lab, up_took }
     }
 
-    fn host_command(&self, program: PathBuf, node: &str) -> Command {
+    pub(crate) fn host_command(&self, program: PathBuf, node: &str) -> Command {
         let mut command = Command::new(program);
         let host = format!("unix://{}", self.lab.places().socket(node).display());
         command.env("MESH_HOST", &host).env("DOCKER_HOST", &host);

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             groups: &[
                 cases::cluster::GROUP,
                 cases::service::GROUP,
+                cases::logs::GROUP,
                 cases::cli::GROUP,
                 cases::node::GROUP,
                 cases::network::GROUP,

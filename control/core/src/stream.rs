@@ -379,6 +379,15 @@ pub fn assignments(store: &Store, node: NodeId) -> Vec<TaskAssignment> {
         .collect()
 }
 
+/// The tasks of a node that ended and are not forgotten yet: it keeps their output.
+#[must_use]
+pub fn ended(store: &Store, node: NodeId) -> BTreeSet<TaskId> {
+    let of = store.tasks.values().filter(|task| {
+        task.node == Some(node) && task.status.state.is_final() && task.desired < TaskState::Remove
+    });
+    of.map(|task| task.id).collect()
+}
+
 /// The published ports of a task's service, as the task listens on them.
 fn targets(store: &Store, task: &Task) -> Vec<(Protocol, u16)> {
     let ports = store.services.get(&task.service).map(|service| service.ports.as_slice());

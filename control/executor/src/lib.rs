@@ -13,6 +13,7 @@
 
 pub mod cgroup;
 pub mod contract;
+pub mod logs;
 mod process;
 pub mod shim;
 mod signal;

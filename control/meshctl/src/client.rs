@@ -152,6 +152,17 @@ impl Client {
         if status.is_success() { Ok(bytes) } else { Err(refused(status, &bytes).into()) }
     }
 
+    /// `GET` whose answer comes bit by bit, for as long as it is read.
+    pub(crate) async fn stream(&self, path: &str) -> Result<Incoming> {
+        let answer = self.request(Method::GET, path, NOTHING, false).await?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer.into_body());
+        }
+        let bytes = answer.into_body().collect().await.with_context(|| self.broken())?.to_bytes();
+        Err(refused(status, &bytes).into())
+    }
+
     /// `POST` that turns the connection into a stream.
     pub(crate) async fn upgrade(
         &self,

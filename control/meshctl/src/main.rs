@@ -10,6 +10,7 @@ mod network;
 mod node;
 mod output;
 mod service;
+mod since;
 mod swarm;
 mod system;
 mod task;

@@ -10,6 +10,7 @@ pub mod heal;
 pub mod join;
 pub mod jumbo;
 pub mod lab;
+pub mod logs;
 pub mod mesh;
 pub mod network;
 pub mod node;

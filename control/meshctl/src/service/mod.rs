@@ -1,6 +1,7 @@
 //! `meshctl service`.
 
 mod create;
+mod logs;
 mod policy;
 mod progress;
 pub(crate) mod ps;
@@ -33,6 +34,8 @@ pub(crate) enum Command {
     /// List the tasks of services
     #[command(after_help = fields(ps::FILTERS, &[ps::COLUMNS]))]
     Ps(ps::PsArgs),
+    /// Show what the tasks of a service, or one task, wrote to their output
+    Logs(logs::LogsArgs),
     /// Show all that is known of services
     Inspect {
         /// Names or ids
@@ -81,6 +84,7 @@ pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Re
         Command::Create(args) => create::run(client, *args, raw).await,
         Command::Ls(args) => list(client, args).await,
         Command::Ps(args) => ps::run(client, args).await,
+        Command::Logs(args) => logs::run(client, args).await,
         Command::Inspect { services, format } => {
             let path = |name: &str| format!("/services/{name}?insertDefaults=true");
             let (found, failed) = inspect_all(client, &services, path).await;

@@ -6,7 +6,7 @@
 //! [`Action`]s go out.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     path::PathBuf,
     time::Duration,
 };
@@ -143,6 +143,8 @@ struct Task {
     assignment: Option<TaskAssignment>,
     /// It is in the node's set.
     named: bool,
+    /// It ended, and its output is kept.
+    kept: bool,
     process: Process,
     netns: Option<PathBuf>,
     plugged: Plugged,
@@ -175,6 +177,7 @@ impl Task {
         Self {
             assignment: None,
             named: false,
+            kept: false,
             process: Process::Absent,
             netns: None,
             plugged: Plugged::No,
@@ -200,9 +203,14 @@ impl Task {
         (desired <= TaskState::Running).then_some(desired)
     }
 
+    /// All that is left of it is its output, which is kept.
+    fn rests(&self) -> bool {
+        self.kept && self.files && self.process == Process::Ended && self.busy.is_none()
+    }
+
     /// Nothing of it needs to be kept.
     fn forgettable(&self) -> bool {
-        self.assignment.as_ref().is_none_or(|a| a.desired == TaskState::Remove)
+        !self.kept && self.assignment.as_ref().is_none_or(|a| a.desired == TaskState::Remove)
     }
 
     fn say(&mut self, now_ms: u64, state: TaskState, message: &str) {
@@ -300,14 +308,20 @@ impl Core {
         core
     }
 
-    /// The whole set of this node's tasks.
-    pub(super) fn handle_assign(&mut self, now_ms: u64, set: Vec<TaskAssignment>) {
+    /// The whole set of this node's tasks, and those of its ended ones whose output is kept.
+    pub(super) fn handle_assign(
+        &mut self,
+        now_ms: u64,
+        set: Vec<TaskAssignment>,
+        ended: &BTreeSet<TaskId>,
+    ) {
         self.assigned = true;
         self.changed = true;
         let mut set: BTreeMap<TaskId, TaskAssignment> =
             set.into_iter().map(|assignment| (assignment.id, assignment)).collect();
         for (id, task) in &mut self.tasks {
             task.named = set.contains_key(id);
+            task.kept = ended.contains(id);
             if let Some(assignment) = set.remove(id) {
                 task.assignment = Some(assignment);
             } else if let Some(assignment) = &mut task.assignment {
@@ -389,7 +403,7 @@ impl Core {
 
     /// How many tasks there are that are in no set any more, but not gone yet.
     pub(super) fn leaving(&self) -> usize {
-        self.tasks.values().filter(|task| !task.named).count()
+        self.tasks.values().filter(|task| !task.named && !task.rests()).count()
     }
 
     /// Decides the next step of one task.
@@ -406,7 +420,7 @@ impl Core {
             task.busy = Some(busy);
             let after = task.step_after(busy);
             self.actions.push_back(Action { task: id, step, after });
-        } else if !task.named && task.process != Process::Running {
+        } else if !task.named && !task.rests() && task.process != Process::Running {
             self.tasks.remove(&id);
         }
     }

@@ -62,7 +62,7 @@ struct Single {
 impl Single {
     fn new(desired: TaskState) -> Self {
         let mut core = Core::default();
-        core.handle_assign(1, vec![task(1, desired)]);
+        core.handle_assign(1, vec![task(1, desired)], &BTreeSet::new());
         Self { core, id: TaskId::from_bits(1) }
     }
 
@@ -77,7 +77,7 @@ impl Single {
     }
 
     fn want(&mut self, desired: TaskState) {
-        self.core.handle_assign(2, vec![task(1, desired)]);
+        self.core.handle_assign(2, vec![task(1, desired)], &BTreeSet::new());
     }
 
     #[track_caller]
@@ -116,9 +116,31 @@ fn a_task_goes_through_swarms_states() {
     assert_eq!(single.status().exit_code, Some(0));
     // Its output stays until it is forgotten.
     assert!(steps(&mut single.core).is_empty());
-    single.core.handle_assign(4, Vec::new());
+    single.core.handle_assign(4, Vec::new(), &BTreeSet::new());
     single.step("remove", Outcome::Done);
     assert_eq!(single.core.leaving(), 0);
+}
+
+#[test]
+fn the_output_of_what_ended_is_kept_as_long_as_it_is_named() {
+    let mut single = Single::running();
+    let ended = BTreeSet::from([single.id]);
+    single.core.handle_outcome(3, single.id, Outcome::Ended(exit(3)));
+    single.step("detach", Outcome::Done);
+    // Managers heard of its end: it is none of the node's tasks any more.
+    single.core.handle_assign(4, Vec::new(), &ended);
+    assert!(steps(&mut single.core).is_empty());
+    assert_eq!(single.core.leaving(), 0, "nobody waits for what has ended");
+    // A daemon that was started again finds it.
+    let found = vec![(single.id, FoundState::Exited(exit(3)))];
+    let mut again = Core::restore(5, single.core.kept(), found);
+    again.handle_assign(6, Vec::new(), &ended);
+    again.handle_managers(7, Managers::There);
+    single.core = again;
+    single.step("detach", Outcome::Done);
+    assert!(steps(&mut single.core).is_empty());
+    single.core.handle_assign(8, Vec::new(), &BTreeSet::new());
+    single.step("remove", Outcome::Done);
 }
 
 #[test]
@@ -167,7 +189,7 @@ fn a_stop_uses_the_services_signal_and_grace() {
     let mut assignment = task(1, TaskState::Shutdown);
     assignment.spec.stop_signal = Some("SIGQUIT".into());
     assignment.spec.stop_grace_period = Some(Duration::from_secs(3));
-    single.core.handle_assign(2, vec![assignment]);
+    single.core.handle_assign(2, vec![assignment], &BTreeSet::new());
     let action = single.core.poll_action().unwrap();
     assert_eq!(action.step, Step::Stop { signal: 3, grace: Duration::from_secs(3) });
     single.core.handle_outcome(3, single.id, Outcome::Done);
@@ -188,8 +210,8 @@ fn one_that_left_the_set_is_stopped_as_its_service_says() {
     let mut single = Single::running();
     let mut assignment = task(1, TaskState::Running);
     assignment.spec.stop_signal = Some("SIGINT".into());
-    single.core.handle_assign(2, vec![assignment]);
-    single.core.handle_assign(3, Vec::new());
+    single.core.handle_assign(2, vec![assignment], &BTreeSet::new());
+    single.core.handle_assign(3, Vec::new(), &BTreeSet::new());
     let action = single.core.poll_action().unwrap();
     assert_eq!(action.step, Step::Stop { signal: 2, grace: GRACE });
     assert_eq!((single.core.leaving(), single.core.assigned_tasks().count()), (1, 0));
@@ -260,12 +282,12 @@ fn a_restart_takes_a_running_task_over() {
     let mut core = Core::restore(9, Vec::new(), found(running));
     assert_eq!(steps(&mut core), ["watch"]);
     let mut other = Core::restore(9, Vec::new(), Vec::new());
-    core.handle_assign(10, vec![task(1, TaskState::Running)]);
+    core.handle_assign(10, vec![task(1, TaskState::Running)], &BTreeSet::new());
     assert_eq!(steps(&mut core), ["attach"]);
     core.handle_outcome(10, single.id, Outcome::Done);
-    core.handle_assign(11, Vec::new());
+    core.handle_assign(11, Vec::new(), &BTreeSet::new());
     assert_eq!(steps(&mut core), ["stop"]);
-    other.handle_assign(12, Vec::new());
+    other.handle_assign(12, Vec::new(), &BTreeSet::new());
     assert_eq!(other.leaving(), 0);
 }
 
@@ -291,7 +313,7 @@ const UDP: (Protocol, u16) = (Protocol::Udp, 7);
 /// A server whose process was started, with its first look under way.
 fn started_server() -> Single {
     let mut core = Core::default();
-    core.handle_assign(1, vec![server(TaskState::Running, 1000)]);
+    core.handle_assign(1, vec![server(TaskState::Running, 1000)], &BTreeSet::new());
     let mut single = Single { core, id: TaskId::from_bits(1) };
     single.step("prepare", Outcome::Prepared(netns()));
     single.step("attach", Outcome::Done);
@@ -354,7 +376,7 @@ fn a_server_that_ends_while_it_starts_has_failed() {
     single.assert_status(TaskState::Failed, "started", "task: non-zero exit (1)");
     // One that is not wanted any more has no connections to wait for.
     let mut single = started_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     single.core.handle_outcome(3, single.id, saw(&[TCP], 1));
     assert_eq!(steps(&mut single.core), ["stop"]);
 }
@@ -368,7 +390,7 @@ fn one_on_a_network_is_waited_for_a_moment() {
         address: "10.0.1.5/24".parse().unwrap(),
     }];
     let mut core = Core::default();
-    core.handle_assign(1, vec![assignment]);
+    core.handle_assign(1, vec![assignment], &BTreeSet::new());
     let mut single = Single { core, id: TaskId::from_bits(1) };
     single.step("prepare", Outcome::Prepared(netns()));
     single.step("attach", Outcome::Done);
@@ -385,7 +407,7 @@ fn one_on_a_network_is_waited_for_a_moment() {
 #[test]
 fn connections_end_before_the_task_does() {
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 3));
     single.assert_status(TaskState::Running, "draining: 3 connections open", "");
@@ -406,7 +428,7 @@ fn connections_end_before_the_task_does() {
 #[test]
 fn draining_has_an_end() {
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     // One that takes new connections all the while ends, too.
     single.step("close", Outcome::Failed("no map".into()));
     for _ in 0..10 {
@@ -416,18 +438,18 @@ fn draining_has_an_end() {
 
     // Cut short by a later word.
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 1));
     single.step("look", saw(&[TCP], 1));
     assert_eq!(steps(&mut single.core), ["look"]);
-    single.core.handle_assign(3, vec![server(TaskState::Remove, 100)]);
+    single.core.handle_assign(3, vec![server(TaskState::Remove, 100)], &BTreeSet::new());
     single.core.handle_outcome(3, single.id, saw(&[TCP], 1));
     assert_eq!(steps(&mut single.core), ["stop"]);
 
     // And by the task's own end.
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     single.step("close", Outcome::Done);
     assert_eq!(steps(&mut single.core), ["look"]);
     single.core.handle_outcome(3, single.id, Outcome::Ended(exit(0)));
@@ -440,7 +462,7 @@ fn draining_has_an_end() {
 #[test]
 fn draining_is_told_once_a_second() {
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 10_000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 10_000)], &BTreeSet::new());
     single.step("close", Outcome::Done);
     let mut told = Vec::new();
     for open in 1..=30 {
@@ -460,7 +482,7 @@ fn draining_is_told_once_a_second() {
 #[test]
 fn a_restart_while_draining_drains_anew_with_its_interfaces() {
     let mut single = running_server();
-    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)]);
+    single.core.handle_assign(3, vec![server(TaskState::Shutdown, 1000)], &BTreeSet::new());
     single.step("close", Outcome::Done);
     single.step("look", saw(&[TCP], 1));
     let found = || vec![(single.id, FoundState::Running { netns: netns(), pid: 42 })];
@@ -549,7 +571,7 @@ fn restarts_without_managers_keep_to_the_policy() {
         assignment.spec.restart.condition = condition;
         assignment.spec.restart.max_attempts = Some(1);
         let mut single = Single::running();
-        single.core.handle_assign(2, vec![assignment]);
+        single.core.handle_assign(2, vec![assignment], &BTreeSet::new());
         ended_alone(&mut single, code);
         single
     };
@@ -570,7 +592,7 @@ fn one_that_ended_while_meshd_was_away_is_started_again_and_counted_on() {
     let mut assignment = task(1, TaskState::Running);
     assignment.spec.restart.max_attempts = Some(2);
     let mut single = Single::running();
-    single.core.handle_assign(2, vec![assignment]);
+    single.core.handle_assign(2, vec![assignment], &BTreeSet::new());
     ended_alone(&mut single, 1);
     single.step("pause", Outcome::Done);
     single.step("prepare", Outcome::Prepared(netns()));
@@ -710,7 +732,7 @@ impl World {
                 let named: BTreeSet<TaskId> = set.iter().map(|t| t.id).collect();
                 let known = self.reported.keys().copied();
                 self.forgotten.extend(known.filter(|id| !named.contains(id)));
-                self.core.handle_assign(self.now, set);
+                self.core.handle_assign(self.now, set, &BTreeSet::new());
             }
             Op::Carry(index, well) => self.carry(index, well),
             Op::Exit(id, code) => {

@@ -11,7 +11,7 @@ mod restarts;
 mod sockets;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -138,7 +138,7 @@ impl std::fmt::Debug for AgentHandle {
 }
 
 enum Input {
-    Assign(Vec<TaskAssignment>),
+    Assign(Vec<TaskAssignment>, BTreeSet<TaskId>),
     Outcome(TaskId, Outcome),
     Managers(Managers),
 }
@@ -215,10 +215,10 @@ impl AgentHandle {
     }
 
     /// Gives the agent the whole set of this node's tasks. What is not in it is stopped and
-    /// removed.
-    pub fn assign(&self, set: Vec<TaskAssignment>) {
+    /// removed; of those in `ended` the output is kept.
+    pub fn assign(&self, set: Vec<TaskAssignment>, ended: BTreeSet<TaskId>) {
         // The driver lives as long as a handle does.
-        let _ = self.inputs.send(Input::Assign(set));
+        let _ = self.inputs.send(Input::Assign(set, ended));
     }
 
     /// The statuses to report to a manager.
@@ -266,7 +266,7 @@ impl AgentHandle {
     /// # Errors
     /// When some are still there after `limit`.
     pub async fn stop_all(&self, limit: Duration) -> anyhow::Result<()> {
-        self.assign(Vec::new());
+        self.assign(Vec::new(), BTreeSet::new());
         let mut view = self.view.clone();
         let gone = view.wait_for(|view| view.tasks.is_empty() && view.leaving == 0);
         let in_time = timeout(limit, gone).await.is_ok();
@@ -312,7 +312,7 @@ impl Driver {
 
     fn handle(&mut self, input: Input) {
         match input {
-            Input::Assign(set) => self.core.handle_assign(now_ms(), set),
+            Input::Assign(set, ended) => self.core.handle_assign(now_ms(), set, &ended),
             Input::Managers(managers) => self.core.handle_managers(now_ms(), managers),
             Input::Outcome(task, outcome) => self.core.handle_outcome(now_ms(), task, outcome),
         }

@@ -188,7 +188,7 @@ async fn a_task_is_run_reported_and_removed() {
     let fixture = Fixture::new("run");
     let handle = fixture.start().await;
     handle.set_managed(true);
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     fixture.until(&handle, TaskState::Running).await;
     assert_eq!(fixture.fake.notes(), ["prepare", "attach /proc/1/ns/net", "start"]);
     let context = fixture.fake.context.lock().unwrap().clone().unwrap();
@@ -211,7 +211,7 @@ async fn a_server_is_waited_for_at_both_ends() {
     fixture.task.ports = vec![(Protocol::Tcp, 80)];
     // Far longer than the test waits for anything.
     fixture.task.drain = DEADLINE * 10;
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     fixture.until(&handle, TaskState::Starting).await;
     let set = |listening: &[(Protocol, u16)], connections: &[u16]| {
         let listening = listening.iter().copied().collect();
@@ -223,7 +223,7 @@ async fn a_server_is_waited_for_at_both_ends() {
     assert_eq!(status.message, "started");
     let mut ending = fixture.task.clone();
     ending.desired = TaskState::Shutdown;
-    handle.assign(vec![ending]);
+    handle.assign(vec![ending], BTreeSet::new());
     let mut view = handle.watch();
     let id = fixture.task.id;
     let drains =
@@ -242,7 +242,7 @@ async fn statuses_come_until_they_are_confirmed() {
     let fixture = Fixture::new("feed");
     let handle = fixture.start().await;
     let mut feed = handle.statuses();
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     fixture.until(&handle, TaskState::Running).await;
     let first = timeout(DEADLINE, feed.next()).await.unwrap().unwrap();
     let again = timeout(DEADLINE, feed.next()).await.unwrap().unwrap();
@@ -265,7 +265,7 @@ async fn statuses_come_until_they_are_confirmed() {
 async fn a_restarted_agent_goes_on_without_a_manager() {
     let fixture = Fixture::new("restart");
     let handle = fixture.start().await;
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     fixture.until(&handle, TaskState::Running).await;
     drop(handle);
     let handle = fixture.start().await;
@@ -285,13 +285,13 @@ async fn what_cannot_be_run_is_rejected_with_the_remedy() {
     let handle = fixture.start().await;
     handle.set_managed(true);
     fixture.task.spec.runtime = Runtime::Oci;
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     let status = fixture.until(&handle, TaskState::Rejected).await;
     assert!(status.err.contains("--runtime process"), "{status:?}");
     fixture.fake.refuse_to_attach.store(true, Ordering::Relaxed);
     fixture.task.spec.runtime = Runtime::Process;
     fixture.task.id = TaskId::from_bits(6);
-    handle.assign(vec![fixture.task.clone()]);
+    handle.assign(vec![fixture.task.clone()], BTreeSet::new());
     let status = fixture.until(&handle, TaskState::Rejected).await;
     assert_eq!(status.err, "network: no device");
     assert!(!fixture.fake.notes().contains(&"start".to_owned()));

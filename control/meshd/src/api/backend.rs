@@ -17,6 +17,7 @@ use mesh_types::{ClusterId, NodeId, NodeNumber, TaskId};
 use tokio::sync::mpsc;
 
 use super::error::ApiError;
+pub use crate::rpc::messages::{LogLine, LogsOutput, LogsRequest};
 
 /// What the handlers ask of the node.
 #[async_trait]
@@ -81,6 +82,16 @@ pub trait Backend: Send + Sync + 'static {
     /// 404 if there is no such task, 409 if it does not run, 400 if the command cannot be started,
     /// 503 if its node does not answer.
     async fn task_exec(&self, task: TaskId, request: ExecRequest) -> Result<ExecSession, ApiError>;
+
+    /// The output of tasks of a node. The channel ends with it; dropped, nobody listens any more.
+    ///
+    /// # Errors
+    /// 404 if there is no such node, 503 if it does not answer.
+    async fn task_logs(
+        &self,
+        node: NodeId,
+        request: LogsRequest,
+    ) -> Result<mpsc::Receiver<LogsOutput>, ApiError>;
 
     /// The data plane's counters of a node; of this one with `None`.
     ///

@@ -8,6 +8,7 @@ pub mod backend;
 mod convert;
 mod error;
 mod find;
+mod logs;
 mod networks;
 mod nodes;
 mod own;
@@ -75,8 +76,10 @@ fn router(backend: Shared) -> Router {
         .route("/services/create", post(services::create))
         .route("/services/{id}", get(services::inspect).delete(services::remove))
         .route("/services/{id}/update", post(services::update))
+        .route("/services/{id}/logs", get(logs::of_service))
         .route("/tasks", get(tasks::list))
         .route("/tasks/{id}", get(tasks::inspect))
+        .route("/tasks/{id}/logs", get(logs::of_task))
         .route("/mesh/task/{id}/exec", post(own::exec))
         .route_layer(middleware::from_fn_with_state(backend.clone(), catch_up));
     own.merge(shared)

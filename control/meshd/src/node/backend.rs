@@ -11,14 +11,15 @@ use mesh_control::{
 };
 use mesh_raft::{ProposeError, ReadError};
 use mesh_types::{NodeId, TaskId};
+use tokio::sync::mpsc;
 
-use super::{Node, State, bootstrap, exec, manager::Manager, member::Member};
+use super::{Node, State, bootstrap, exec, logs, manager::Manager, member::Member};
 use crate::{
     api::{
         ApiError,
         backend::{
             Backend, Counter, ExecRequest, ExecSession, InitRequest, JoinRequest, JoinTokens,
-            Leadership, LocalState, Membership, NodeStats, SwarmState,
+            Leadership, LocalState, LogsOutput, LogsRequest, Membership, NodeStats, SwarmState,
         },
     },
     gossip::GOSSIP_PORT,
@@ -278,6 +279,20 @@ impl Backend for Node {
             .await
             .map_err(|error| not_called(node.name(), &error))?;
         Ok(exec::bridge(writer, reader))
+    }
+
+    async fn task_logs(
+        &self,
+        node: NodeId,
+        request: LogsRequest,
+    ) -> Result<mpsc::Receiver<LogsOutput>, ApiError> {
+        let (member, manager) = self.manager()?;
+        let found = manager.raft.read(|store| store.nodes.get(&node).cloned());
+        let gone = || ApiError::not_found(format!("node {node} is not in the cluster any more"));
+        let found = found.ok_or_else(gone)?;
+        let address = SocketAddr::new(found.address.ip(), GOSSIP_PORT);
+        let reader = member.client.logs(address, Expect::Node(node), &request, PATIENCE).await;
+        Ok(logs::bridge(reader.map_err(|error| not_called(found.name(), &error))?))
     }
 
     async fn node_stats(&self, node: Option<NodeId>) -> Result<NodeStats, ApiError> {

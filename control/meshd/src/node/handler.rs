@@ -19,12 +19,16 @@ use mesh_raft::{ProposeError, RpcKind};
 use mesh_types::{
     NodeId, Revision,
     record::{NodeRecord, RecordSet, Scope},
-    task::TaskAssignment,
 };
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{dataplane, exec, liveness::HEARTBEAT, manager::Manager};
+use super::{
+    dataplane, exec,
+    liveness::HEARTBEAT,
+    logs,
+    manager::{Assigned, Manager},
+};
 use crate::{
     agent::AgentHandle,
     gossip::{Answers, Unanswered},
@@ -34,8 +38,8 @@ use crate::{
         frames::{FrameReader, FrameWriter},
         messages::{
             CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
-            ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest,
-            StatsResponse,
+            LogsOutput, LogsRequest, ManagerAddress, NodeUpdate, ReportRequest, ReportResponse,
+            SessionRequest, StatsResponse,
         },
     },
 };
@@ -237,6 +241,17 @@ impl RpcHandler for Handler {
         }
     }
 
+    async fn logs(&self, from: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
+        let agent = self.agent.get().ok_or_else(|| unavailable("the node is still starting"));
+        let served = match self.recorded(from.node).and(agent) {
+            Ok(agent) => logs::serve(agent, &request, &output).await,
+            Err(error) => Err(error.message),
+        };
+        if let Err(why) = served {
+            let _ = output.send(&LogsOutput::Failed(why)).await;
+        }
+    }
+
     async fn anti_entropy(&self, from: Subject, body: Bytes) -> Result<Bytes, RpcError> {
         let gossip = self.gossip.get().ok_or_else(|| unavailable("the node is still starting"))?;
         gossip.answer(from.node, body).await.map_err(|error| match error {
@@ -261,7 +276,7 @@ struct Feed {
     node: NodeId,
     revision: Revision,
     held: BTreeSet<Scope>,
-    assignments: Option<Vec<TaskAssignment>>,
+    assignments: Option<Assigned>,
     managers: Vec<ManagerAddress>,
     secrets: Option<([u8; 32], u16)>,
 }
@@ -275,7 +290,9 @@ impl Feed {
         let undecided = !manager.raft.leadership().borrow().has_quorum;
         let mut update = NodeUpdate { delta: view.delta, undecided, ..NodeUpdate::default() };
         if view.assignments.is_some() && self.assignments != view.assignments {
-            update.assignments.clone_from(&view.assignments);
+            if let Some((assignments, ended)) = view.assignments.clone() {
+                (update.assignments, update.ended) = (Some(assignments), ended);
+            }
             self.assignments = view.assignments;
         }
         let managers = addresses(manager);

@@ -12,11 +12,11 @@ use mesh_control::{
     leader::{LeaderMemory, decide},
     model::{Node, NodeState, NodeStatus, Role},
     store::Store,
-    stream::{RecordLog, assignments, subscription},
+    stream::{RecordLog, assignments, ended, subscription},
 };
 use mesh_raft::{ProposeError, Raft};
 use mesh_types::{
-    NodeId, NodeNumber, Revision,
+    NodeId, NodeNumber, Revision, TaskId,
     record::{Delta, Scope},
     task::TaskAssignment,
 };
@@ -49,13 +49,16 @@ impl std::fmt::Debug for Manager {
     }
 }
 
+/// A node's tasks: those to run, and those that ended there and are not forgotten.
+pub(crate) type Assigned = (Vec<TaskAssignment>, BTreeSet<TaskId>);
+
 /// One view of the store for a session.
 #[derive(Debug)]
 pub(crate) struct View {
     /// The step from where the node was.
     pub(crate) delta: Delta,
     /// Its whole set of tasks, unless this manager is behind the node.
-    pub(crate) assignments: Option<Vec<TaskAssignment>>,
+    pub(crate) assignments: Option<Assigned>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -171,7 +174,8 @@ impl Manager {
             log.update(store);
             let wanted = subscription(store, node);
             let delta = log.delta(from, held, &wanted);
-            Some(View { delta, assignments: Some(assignments(store, node)) })
+            let assigned = (assignments(store, node), ended(store, node));
+            Some(View { delta, assignments: Some(assigned) })
         })
     }
 

@@ -13,6 +13,7 @@ mod exec;
 mod facts;
 mod handler;
 mod liveness;
+mod logs;
 mod manager;
 mod member;
 mod persist;

@@ -87,7 +87,7 @@ impl Session {
                 "this node was removed from the cluster: its tasks end. `swarm leave` cleans up \
                  here; then it can join again"
             );
-            self.agent.assign(Vec::new());
+            self.agent.assign(Vec::new(), BTreeSet::new());
         }
     }
 
@@ -147,10 +147,11 @@ impl Session {
 
     /// Records first: the agent waits for those of its tasks' networks.
     fn apply(&self, update: NodeUpdate) {
-        let NodeUpdate { delta, assignments, managers, gossip_key, data_path_port, .. } = update;
+        let NodeUpdate { delta, assignments, ended, managers, gossip_key, data_path_port, .. } =
+            update;
         self.apply_records(delta);
         if let Some(assignments) = assignments {
-            self.agent.assign(assignments);
+            self.agent.assign(assignments, ended);
         }
         let changed = self.settings.send_if_modified(|settings| {
             let mut new = (**settings).clone();

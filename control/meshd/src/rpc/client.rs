@@ -25,7 +25,8 @@ use super::{
     Route, RpcError,
     frames::{self, FRAME_LIMIT, FrameReader, FrameWriter},
     messages::{
-        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, SessionRequest,
+        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogsOutput, LogsRequest,
+        NodeUpdate, SessionRequest,
     },
 };
 use crate::{
@@ -192,15 +193,42 @@ impl RpcClient {
         request: &SessionRequest,
         patience: Duration,
     ) -> Result<FrameReader<NodeUpdate>, CallError> {
-        let route = Route::Session;
+        let key = (address, Expect::Manager);
+        self.stream(key, Route::Session, request, patience, SESSION_LIMIT).await
+    }
+
+    /// The output of tasks of a node: a stream that ends with it, or when either side drops it.
+    /// `patience` is for its beginning alone.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn logs(
+        &self,
+        address: SocketAddr,
+        expect: Expect,
+        request: &LogsRequest,
+        patience: Duration,
+    ) -> Result<FrameReader<LogsOutput>, CallError> {
+        self.stream((address, expect), Route::Logs, request, patience, FRAME_LIMIT).await
+    }
+
+    /// One request, answered by messages of at most `limit` bytes each.
+    async fn stream<Req: Serialize, T: DeserializeOwned>(
+        &self,
+        key: Key,
+        route: Route,
+        request: &Req,
+        patience: Duration,
+        limit: usize,
+    ) -> Result<FrameReader<T>, CallError> {
+        let address = key.0;
         let deadline = Instant::now() + patience;
         let broken =
             |e: rmp_serde::encode::Error| CallError::Broken { route, address, why: e.to_string() };
         let body = rmp_serde::to_vec_named(request).map_err(broken)?;
         let body = BoxBody::new(Full::new(body.into()));
-        let response =
-            self.send((address, Expect::Manager), route, body, deadline, patience).await?;
-        Ok(FrameReader::new(response.into_body(), SESSION_LIMIT))
+        let response = self.send(key, route, body, deadline, patience).await?;
+        Ok(FrameReader::new(response.into_body(), limit))
     }
 
     /// Runs a command in a task on its node: messages both ways. Dropping the writer ends stdin

@@ -102,6 +102,9 @@ pub struct NodeUpdate {
     pub delta: Delta,
     /// The node's whole set of tasks.
     pub assignments: Option<Vec<TaskAssignment>>,
+    /// With the assignments: tasks that ended here, whose output is still asked for.
+    #[serde(default)]
+    pub ended: BTreeSet<TaskId>,
     /// The managers.
     pub managers: Option<Vec<ManagerAddress>>,
     /// Seals gossip.
@@ -216,4 +219,46 @@ pub enum ExecOutput {
     Exit(i32),
     /// It did not start, or its node lost it: the last message.
     Failed(String),
+}
+
+/// [`Route::Logs`](super::Route::Logs): the output of tasks of the node that is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LogsRequest {
+    /// Whose, and from when on, in nanoseconds since the Unix epoch.
+    pub tasks: Vec<(TaskId, i64)>,
+    /// Of what is there, only so many last lines of each.
+    pub tail: Option<u64>,
+    /// Standard output.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
+    /// Go on as more comes, until all of the tasks have ended.
+    pub follow: bool,
+}
+
+/// Tasks that one [`LogsRequest`] may name: two files of each are open meanwhile.
+pub const LOGS_TASKS_MAX: usize = 256;
+
+/// The answers to a [`LogsRequest`]. The stream's end is that of the output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LogsOutput {
+    /// Lines, in the order of their times up to [`LogsOutput::Now`].
+    Lines(Vec<LogLine>),
+    /// What was there is told; what follows is new.
+    Now,
+    /// It cannot be read: the last message.
+    Failed(String),
+}
+
+/// A line of a task's output, or a part of a long one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Whose.
+    pub task: TaskId,
+    /// Of standard error; else of standard output.
+    pub stderr: bool,
+    /// When it came, in nanoseconds since the Unix epoch.
+    pub at_ns: i64,
+    /// With its newline, if it has one.
+    pub text: Bytes,
 }

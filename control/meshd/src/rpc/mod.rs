@@ -38,6 +38,8 @@ pub enum Route {
     Report,
     /// A command in a task, for its node to run.
     Exec,
+    /// The output of tasks, from their node.
+    Logs,
     /// A node's counters.
     Stats,
     /// A node says that it leaves the cluster.
@@ -58,6 +60,7 @@ impl Route {
             Self::Session => "/session".into(),
             Self::Report => "/report".into(),
             Self::Exec => "/exec".into(),
+            Self::Logs => "/logs".into(),
             Self::Stats => "/stats".into(),
             Self::Leave => "/leave".into(),
             Self::AntiEntropy => "/antientropy".into(),
@@ -72,6 +75,7 @@ impl Route {
             "/session" => Self::Session,
             "/report" => Self::Report,
             "/exec" => Self::Exec,
+            "/logs" => Self::Logs,
             "/stats" => Self::Stats,
             "/leave" => Self::Leave,
             "/antientropy" => Self::AntiEntropy,
@@ -85,9 +89,10 @@ impl Route {
     pub fn allows(self, peer: &Peer) -> bool {
         match (self, peer) {
             (Self::Join, Peer::Joiner(_)) => true,
-            (Self::Raft(_) | Self::Exec | Self::Stats, Peer::Node(Subject { role, .. })) => {
-                *role == Role::Manager
-            }
+            (
+                Self::Raft(_) | Self::Exec | Self::Logs | Self::Stats,
+                Peer::Node(Subject { role, .. }),
+            ) => *role == Role::Manager,
             (Self::Session | Self::Report | Self::Leave | Self::AntiEntropy, Peer::Node(_)) => true,
             (_, Peer::Joiner(_)) | (Self::Join, Peer::Node(_)) => false,
         }
@@ -100,7 +105,7 @@ impl Route {
             Self::Raft(RpcKind::Snapshot) => 256 * MIB,
             Self::Raft(_) => 16 * MIB,
             Self::Report | Self::AntiEntropy => 16 * MIB,
-            Self::Join | Self::Session | Self::Exec | Self::Stats | Self::Leave => MIB,
+            Self::Join | Self::Session | Self::Exec | Self::Logs | Self::Stats | Self::Leave => MIB,
         }
     }
 }

@@ -30,8 +30,8 @@ use super::{
     Route, RpcError, RpcErrorKind,
     frames::{self, FRAME_LIMIT, FrameReader, FrameWriter},
     messages::{
-        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, ReportRequest,
-        ReportResponse, SessionRequest, StatsResponse,
+        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogsOutput, LogsRequest,
+        NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
     },
 };
 use crate::{
@@ -93,6 +93,9 @@ pub trait RpcHandler: Send + Sync + 'static {
         input: FrameReader<ExecInput>,
         output: FrameWriter<ExecOutput>,
     );
+
+    /// Sends the output of tasks of this node; it ends when the writer is dropped.
+    async fn logs(&self, from: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>);
 
     /// The counters of this node's data plane.
     async fn stats(&self, from: Subject) -> Result<StatsResponse, RpcError>;
@@ -358,6 +361,12 @@ async fn member_call(
                     }
                 }
             });
+            Ok(Response::new(BoxBody::new(body)))
+        }
+        Route::Logs => {
+            let request = message(&read(body, route).await?)?;
+            let (writer, body) = frames::channel();
+            tokio::spawn(async move { handler.logs(from, request, writer).await });
             Ok(Response::new(BoxBody::new(body)))
         }
         Route::Exec => {

@@ -28,8 +28,8 @@ use super::{
     RpcServer, client,
     frames::{FrameReader, FrameWriter},
     messages::{
-        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, NodeUpdate, ReportRequest,
-        ReportResponse, SessionRequest, StatsResponse,
+        ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogLine, LogsOutput,
+        LogsRequest, NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
     },
 };
 use crate::{
@@ -145,6 +145,14 @@ impl RpcHandler for Echo {
         output.send(&ExecOutput::Exit(code)).await.unwrap();
     }
 
+    async fn logs(&self, _: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
+        self.count();
+        for (task, at_ns) in request.tasks {
+            let line = LogLine { task, stderr: false, at_ns, text: Bytes::from_static(b"x\n") };
+            output.send(&LogsOutput::Lines(vec![line])).await.unwrap();
+        }
+    }
+
     async fn stats(&self, _: Subject) -> Result<StatsResponse, RpcError> {
         self.count();
         Ok(StatsResponse::default())
@@ -187,6 +195,7 @@ fn all_routes() -> Vec<Route> {
         Route::Session,
         Route::Report,
         Route::Exec,
+        Route::Logs,
         Route::Stats,
         Route::Leave,
         Route::AntiEntropy,
@@ -377,6 +386,16 @@ async fn sessions_stream_and_commands_talk_both_ways() {
     }
     assert!(updates.next().await.unwrap().is_none());
 
+    let to = Expect::Node(NodeId::from_bits(1));
+    let tasks = (1..4).map(|n| (TaskId::from_bits(n), 7)).collect();
+    let request = LogsRequest { tasks, ..LogsRequest::default() };
+    let mut lines = me.logs(server.address(), to, &request, PATIENCE).await.unwrap();
+    for n in 1..4 {
+        let Some(LogsOutput::Lines(line)) = lines.next().await.unwrap() else { panic!("no {n}") };
+        assert_eq!((line[0].task, &line[0].text[..]), (TaskId::from_bits(n), &b"x\n"[..]));
+    }
+    assert!(lines.next().await.unwrap().is_none());
+
     let command = ExecRequest {
         task: TaskId::from_bits(1),
         argv: vec!["cat".into()],
@@ -386,7 +405,6 @@ async fn sessions_stream_and_commands_talk_both_ways() {
         tty: None,
         stdin: true,
     };
-    let to = Expect::Node(NodeId::from_bits(1));
     let (input, mut output) = me.exec(server.address(), to, &command, PATIENCE).await.unwrap();
     assert_eq!(output.next().await.unwrap(), Some(ExecOutput::Started));
     for n in 0..50u8 {

@@ -23,7 +23,8 @@ use meshd::api::{
     ApiError, Backend,
     backend::{
         Counter, EngineFacts, ExecInput, ExecOutput, ExecRequest, ExecSession, InitRequest,
-        JoinRequest, JoinTokens, Leadership, LocalState, Membership, NodeStats, SwarmState,
+        JoinRequest, JoinTokens, Leadership, LocalState, LogLine, LogsOutput, LogsRequest,
+        Membership, NodeStats, SwarmState,
     },
 };
 use tokio::sync::mpsc;
@@ -339,6 +340,37 @@ impl Backend for Fake {
             }
         });
         Ok(ExecSession { input, output })
+    }
+
+    /// Each task says `one` after a second, `two` to standard error after two; to one who follows
+    /// also `three`.
+    async fn task_logs(
+        &self,
+        _: NodeId,
+        request: LogsRequest,
+    ) -> Result<mpsc::Receiver<LogsOutput>, ApiError> {
+        let (send, output) = mpsc::channel(4);
+        tokio::spawn(async move {
+            let wanted = |stderr| if stderr { request.stderr } else { request.stdout };
+            let told = |second: i64, stderr, text: &'static [u8]| {
+                let at_ns = second * 1_000_000_000;
+                let of = request.tasks.iter().filter(|(_, since_ns)| *since_ns <= at_ns);
+                let line = |(task, _): &(TaskId, i64)| LogLine {
+                    task: *task,
+                    stderr,
+                    at_ns,
+                    text: Bytes::from_static(text),
+                };
+                LogsOutput::Lines(of.filter(|_| wanted(stderr)).map(line).collect())
+            };
+            let _ = send.send(told(1, false, b"one\n")).await;
+            let _ = send.send(told(2, true, b"two\n")).await;
+            let _ = send.send(LogsOutput::Now).await;
+            if request.follow {
+                let _ = send.send(told(3, false, b"three\n")).await;
+            }
+        });
+        Ok(output)
     }
 
     async fn node_stats(&self, _: Option<NodeId>) -> Result<NodeStats, ApiError> {

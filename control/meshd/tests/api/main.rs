@@ -6,6 +6,7 @@
 
 mod fake;
 mod http;
+mod logs;
 mod stock;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};

@@ -219,6 +219,22 @@ async fn service_verbs() {
 
 /// With too few managers for a majority every change is refused, at once and with the remedy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn logs_verbs() {
+    if !installed().await {
+        return;
+    }
+    let server = Server::manager("stock-logs").await;
+    let docker = Cli(&server);
+    docker.ok(&format!("service create --name web --quiet {PROCESS} host sleep 60")).await;
+    let logs = docker.ok("service logs --timestamps web").await;
+    assert!(logs.starts_with("1970-01-01T00:00:01.000000000Z web.1."), "{logs}");
+    assert!(logs.ends_with("@m1    | one"), "{logs}");
+    assert_eq!(docker.ok("service logs --raw web.1").await, "one");
+    assert_eq!(docker.run("service logs --raw web").await.2, "two\n");
+    assert!(docker.fails("service logs nosuch").await.contains("no such task or service"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_minority_says_that_it_has_no_leader() {
     if !installed().await {
         return;
