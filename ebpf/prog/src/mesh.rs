@@ -72,26 +72,10 @@ pub fn ingress(
     published: &Published,
 ) -> Verdict {
     count(Counter::MeshIn);
-    let now = flows::now();
-    let (flags, hash) = (ip.tcp_flags, hash::flow(&ip.tuple));
-    let key = ip.key(FLOW_MESH, 0);
-    let mut target = Target::NONE;
-    if let Some(entry) = flows::find(key, now) {
-        target = Target::of(entry.value());
-        let backend = get!(ENDPOINTS, &target.endpoint).map_or(u32::MAX, |found| found.flags);
-        if backend == u32::MAX {
-            entry.forget(key);
-            target.endpoint = 0;
-        } else if !entry.advance(key, false, flags, now) {
-            target.endpoint = 0;
-        } else if backend & EP_WITHDRAWN != 0 && entry.is_half_open(key) {
-            entry.forget(key);
-            target.endpoint = 0;
-        }
-    }
+    let (asked, key) = Asked::of(ip);
+    let mut target = follow::<false>(&asked, key, 0);
     if target.endpoint == 0 {
-        let arrival = Arrival { published: *published, hash, now, node: config.node, endpoint: 0 };
-        admit(key, &arrival, &mut target);
+        admit(key, &asked.arrival(published, config.node, 0), &mut target);
         if target.endpoint == 0 {
             return Err(target.error);
         }
@@ -106,6 +90,58 @@ pub fn ingress(
     let dst = Mac::new(mac::MESH_FORWARD, target.endpoint);
     let src = Mac::new(mac::MESH_RETURN, config.node);
     way.lead(config.ingress_vni, dst, src, endpoint, ip)
+}
+
+/// What a packet to a published port says of its flow, beside the key.
+struct Asked {
+    now: u64,
+    /// TCP's flags.
+    flags: u8,
+    hash: u32,
+    port: PublishedKey,
+}
+
+impl Asked {
+    #[inline(always)]
+    fn of(ip: &mut Ip) -> (Self, &FlowKey) {
+        let Tuple { dport_be: port_be, protocol, .. } = ip.tuple;
+        let port = PublishedKey { port_be, protocol, pad: 0 };
+        let (now, hash) = (flows::now(), hash::flow(&ip.tuple));
+        (Self { now, flags: ip.tcp_flags, hash, port }, ip.key(FLOW_MESH, 0))
+    }
+
+    #[inline(always)]
+    fn arrival(&self, published: &Published, node: u64, endpoint: u64) -> Arrival {
+        Arrival { published: *published, hash: self.hash, now: self.now, node, endpoint }
+    }
+}
+
+/// The backend that the tables name for a flow, if that holds: it is known, not `gone`, and where
+/// it is withdrawn it has answered. With `RELAYED`, replies of flows to other nodes pass elsewhere.
+#[inline(always)]
+fn follow<const RELAYED: bool>(asked: &Asked, key: &FlowKey, gone: u64) -> Target {
+    let Some(entry) = flows::find(key, asked.now) else { return Target::NONE };
+    let value = entry.value();
+    let target = Target::of(value);
+    let alone = RELAYED && value.state & FLOW_STATE_ALONE != 0;
+    let backend = get!(ENDPOINTS, &target.endpoint).map_or(u32::MAX, |found| found.flags);
+    if backend == u32::MAX || (RELAYED && target.endpoint == gone) {
+        entry.forget(key);
+        return Target::NONE;
+    }
+    let holds = if alone {
+        entry.relay(asked.flags, asked.now)
+    } else {
+        entry.advance(key, false, asked.flags, asked.now)
+    };
+    if !holds {
+        return Target::NONE;
+    }
+    if backend & EP_WITHDRAWN != 0 && entry.is_half_open(key) {
+        entry.forget(key);
+        return Target::NONE;
+    }
+    target
 }
 
 impl Target {
@@ -219,25 +255,21 @@ pub fn forwarded<const DIRECT: bool>(
         }
         _ => return Err(Counter::DropProtocol),
     }
-    let now = flows::now();
-    let (flags, hash) = (ip.tcp_flags, hash::flow(&ip.tuple));
-    let port = PublishedKey { port_be: ip.tuple.dport_be, protocol: ip.tuple.protocol, pad: 0 };
-    let key = ip.key(FLOW_MESH, 0);
+    let (asked, key) = Asked::of(ip);
     let mut target = Target::NONE;
-    if let Some(entry) = flows::find(key, now) {
+    if let Some(entry) = flows::find(key, asked.now) {
         target = Target::of(entry.value());
         if target.endpoint != id {
             // The ingress node chose anew: its word counts.
             entry.forget(key);
             target.endpoint = 0;
-        } else if !entry.advance(key, false, flags, now) {
+        } else if !entry.advance(key, false, asked.flags, asked.now) {
             target.endpoint = 0;
         }
     }
     if target.endpoint == 0 {
-        let published = get!(PUBLISHED, &port).ok_or(Counter::DropMesh)?;
-        let arrival = Arrival { published: *published, hash, now, node, endpoint: id };
-        admit(key, &arrival, &mut target);
+        let published = get!(PUBLISHED, &asked.port).ok_or(Counter::DropMesh)?;
+        admit(key, &asked.arrival(published, node, id), &mut target);
         if target.endpoint == 0 {
             return Err(target.error);
         }
@@ -279,28 +311,11 @@ fn relay(
     if !ip.has_l4 || !matches!(ip.tuple.protocol, PROTOCOL_TCP | PROTOCOL_UDP) {
         return None;
     }
-    let now = flows::now();
-    let (flags, hash) = (ip.tcp_flags, hash::flow(&ip.tuple));
-    let port = PublishedKey { port_be: ip.tuple.dport_be, protocol: ip.tuple.protocol, pad: 0 };
-    let key = ip.key(FLOW_MESH, 0);
-    let mut target = Target::NONE;
-    if let Some(entry) = flows::find(key, now) {
-        let value = entry.value();
-        target = Target::of(value);
-        let alone = value.state & FLOW_STATE_ALONE != 0;
-        let backend = get!(ENDPOINTS, &target.endpoint).map_or(u32::MAX, |found| found.flags);
-        let void = target.endpoint == gone
-            || backend == u32::MAX
-            || (backend & EP_WITHDRAWN != 0 && entry.is_half_open(key))
-            || !if alone { entry.relay(flags, now) } else { entry.advance(key, false, flags, now) };
-        if void {
-            target.endpoint = 0;
-        }
-    }
+    let (asked, key) = Asked::of(ip);
+    let mut target = follow::<true>(&asked, key, gone);
     if target.endpoint == 0 {
-        let published = *get!(PUBLISHED, &port)?;
-        let arrival = Arrival { published, hash, now, node: ingress.id(), endpoint: 0 };
-        admit(key, &arrival, &mut target);
+        let published = get!(PUBLISHED, &asked.port)?;
+        admit(key, &asked.arrival(published, ingress.id(), 0), &mut target);
     }
     let endpoint = get!(ENDPOINTS, &target.endpoint)?;
     count(Counter::MeshRebalanced);

@@ -473,11 +473,20 @@ fn draining(cluster: &mut Cluster) {
 
 /// What is unplugged is reached no more, and the rest goes on.
 fn unplugged(cluster: &mut Cluster) {
-    let d = cluster.task("d");
+    let (client, d) = (cluster.netns("client"), cluster.task("d"));
+    let old = (0..40)
+        .map(|_| udp(&client, vtep(3), 8080))
+        .find(|socket| exchange_udp(socket, 5).unwrap().server == "a")
+        .expect("one to `a`");
+    exchange_udp(&old, 5).unwrap();
     // Node 3 does not know yet: node 1 gives what it sends to `b`.
     cluster.detach("a");
     let before = cluster.counted(1, Counter::MeshRebalanced);
-    let client = cluster.netns("client");
+    // Also what is left of older flows, and remembers it.
+    assert_eq!(exchange_udp(&old, 5).unwrap().server, "b");
+    let new = cluster.counted(1, Counter::FlowNew);
+    assert_eq!(exchange_udp(&old, 5).unwrap().server, "b");
+    assert_eq!(cluster.counted(1, Counter::FlowNew), new);
     for _ in 0..40 {
         for answer in [ask_tcp(&client, vtep(3), 8080), ask_udp(&client, vtep(3), 8080)] {
             assert_eq!((answer.server.as_str(), answer.client), ("b", answer.own));
