@@ -20,6 +20,8 @@ use tokio::net::UnixStream;
 #[derive(Debug)]
 pub(crate) struct Client {
     socket: PathBuf,
+    /// What named it.
+    source: &'static str,
 }
 
 /// What the daemon answered to a request that it did not do.
@@ -51,19 +53,40 @@ fn is_out_of_sequence(err: &anyhow::Error) -> bool {
         .is_some_and(|refused| refused.message.contains("update out of sequence"))
 }
 
+/// Whether the daemon refused because there is no such object.
+pub(crate) fn is_missing(err: &anyhow::Error) -> bool {
+    err.downcast_ref::<Refused>().is_some_and(|refused| refused.status == StatusCode::NOT_FOUND)
+}
+
+/// Where the daemon's address comes from: the first that is set.
+const SOURCES: [&str; 2] = ["MESH_HOST", "DOCKER_HOST"];
+
+/// The socket that a URL names; `source` said so.
+fn socket(url: &str, source: &str) -> Result<PathBuf> {
+    let (scheme, path) = url.split_once("://").unwrap_or(("", url));
+    match scheme {
+        "unix" if !path.is_empty() => Ok(path.into()),
+        "tcp" | "http" | "https" | "ssh" | "npipe" | "fd" => bail!(crate::Usage(format!(
+            "`{url}` ({source}): meshd serves its API on a unix socket alone, for who reaches it \
+             rules the cluster; carry it over with `ssh -nNT -L \
+             /tmp/mesh.sock:{DEFAULT_SOCKET} MACHINE` and use unix:///tmp/mesh.sock"
+        ))),
+        _ => bail!(crate::Usage(format!(
+            "`{url}` ({source}) is no socket of a daemon: use unix://PATH"
+        ))),
+    }
+}
+
 impl Client {
     /// The daemon at `host`, else at MESH_HOST, DOCKER_HOST, or the default socket.
     pub(crate) fn new(host: Option<&str>) -> Result<Self> {
-        let from = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let url =
-            host.map(str::to_owned).or_else(|| from("MESH_HOST")).or_else(|| from("DOCKER_HOST"));
-        let Some(url) = url else { return Ok(Self { socket: DEFAULT_SOCKET.into() }) };
-        match url.strip_prefix("unix://") {
-            Some(path) if !path.is_empty() => Ok(Self { socket: path.into() }),
-            _ => bail!(crate::Usage(format!(
-                "`{url}` is no socket of a daemon: use unix://PATH (--host, MESH_HOST or \
-                 DOCKER_HOST)"
-            ))),
+        let from = |name: &'static str| {
+            std::env::var(name).ok().filter(|value| !value.is_empty()).map(|value| (value, name))
+        };
+        let given = host.map(|host| (host.to_owned(), "--host"));
+        match given.or_else(|| SOURCES.into_iter().find_map(from)) {
+            Some((url, source)) => Ok(Self { socket: socket(&url, source)?, source }),
+            None => Ok(Self { socket: DEFAULT_SOCKET.into(), source: "the default" }),
         }
     }
 
@@ -188,9 +211,10 @@ impl Client {
     ) -> Result<http::Response<Incoming>> {
         let stream = UnixStream::connect(&self.socket).await.with_context(|| {
             format!(
-                "cannot reach the daemon at unix://{}: is meshd running there? (--host or \
+                "cannot reach the daemon at unix://{} ({}): is meshd running there? (--host or \
                  MESH_HOST names another socket)",
-                self.socket.display()
+                self.socket.display(),
+                self.source
             )
         })?;
         let (mut sender, connection) =
@@ -265,6 +289,22 @@ pub(crate) fn filter_query(filters: &[String]) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemon_is_a_socket() {
+        assert_eq!(socket("unix:///a/b.sock", "--host").unwrap(), PathBuf::from("/a/b.sock"));
+        for (url, said) in [
+            ("tcp://10.0.0.1:2375", "unix socket alone"),
+            ("ssh://m1", "ssh -nNT -L"),
+            ("unix://", "use unix://PATH"),
+            ("/run/mesh.sock", "use unix://PATH"),
+        ] {
+            let err = socket(url, "DOCKER_HOST").unwrap_err();
+            assert!(err.is::<crate::Usage>(), "{url}");
+            let text = err.to_string();
+            assert!(text.contains(said) && text.contains("DOCKER_HOST"), "{text}");
+        }
+    }
 
     #[test]
     fn names_are_escaped() {

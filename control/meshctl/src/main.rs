@@ -1,20 +1,23 @@
 //! `meshctl`: the operator's command line, a client of the same API as the stock `docker` CLI, and
 //! the entry to labs.
 //!
-//! Exit status: 0; 1 when the daemon refused or cannot be reached; 125 for a bad command line;
-//! `task exec` and `lab exec` pass on that of the command.
+//! Exit status: 0; 1 when the daemon refused or cannot be reached; 124 when `wait` ran out of time;
+//! 125 for a bad command line; `task exec` and `lab exec` pass on that of the command.
 
 mod client;
+mod complete;
 mod lab;
 mod network;
 mod node;
 mod output;
 mod service;
 mod since;
+mod status;
 mod swarm;
 mod system;
 mod task;
 mod unknown;
+mod wait;
 mod whoami;
 
 use std::process::ExitCode;
@@ -30,12 +33,22 @@ use client::Client;
 /// Docker's status for a command line that makes no sense.
 const USAGE: u8 = 125;
 
+/// That of timeout(1).
+const TIMED_OUT: u8 = 124;
+
 /// Operate a mesh cluster.
+///
+/// The daemon that is spoken to: --host, else MESH_HOST, else DOCKER_HOST, else
+/// unix:///run/mesh/mesh.sock. Each is `unix://PATH`.
+///
+/// Exit status: 0; 1 when the daemon refused or cannot be reached; 124 when `wait` ran out of time;
+/// 125 for a bad command line; `task exec` and `lab exec` pass on that of the command. Colours are
+/// for terminals, and not where NO_COLOR is set.
 #[derive(Debug, Parser)]
 #[command(name = "meshctl", version, about, max_term_width = 100, disable_help_subcommand = true)]
 #[command(args_override_self = true)]
 struct Cli {
-    /// The daemon's socket, `unix://PATH`; else MESH_HOST, DOCKER_HOST, unix:///run/mesh/mesh.sock
+    /// The daemon's socket; else that in MESH_HOST, in DOCKER_HOST, or unix:///run/mesh/mesh.sock
     #[arg(short = 'H', long, value_name = "URL")]
     host: Option<String>,
     #[command(subcommand)]
@@ -60,6 +73,10 @@ enum Command {
     /// Run and scale services
     #[command(subcommand)]
     Service(service::Command),
+    /// Show the cluster on one screen: quorum, nodes, services, networks, warnings
+    Status(status::StatusArgs),
+    #[command(subcommand)]
+    Wait(wait::Command),
     /// Reach into tasks
     #[command(subcommand)]
     Task(task::Command),
@@ -67,9 +84,17 @@ enum Command {
     Lab(lab::LabArgs),
     /// Answer requests with who was asked: the workload of tests
     Whoami(whoami::WhoamiArgs),
+    /// Print the script that completes verbs, flags and names in a shell
+    Completion {
+        /// Which; run its output in the shell's start-up file
+        shell: complete::Shell,
+    },
+    /// Print a manual page: `meshctl man service create | man -l -`
+    Man(complete::ManArgs),
 }
 
 fn main() -> ExitCode {
+    complete::answer_shell(Cli::command);
     let raw: Vec<String> = std::env::args().collect();
     let cli = match parse(&raw) {
         Ok(cli) => cli,
@@ -79,7 +104,11 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(err) => {
             eprintln!("{}", output::error_text(&err));
-            ExitCode::from(if err.is::<Usage>() { USAGE } else { 1 })
+            ExitCode::from(match () {
+                () if err.is::<Usage>() => USAGE,
+                () if err.is::<wait::TimedOut>() => TIMED_OUT,
+                () => 1,
+            })
         }
     }
 }
@@ -136,6 +165,12 @@ fn run(cli: Cli, raw: &[String]) -> Result<ExitCode> {
     let command = match cli.command {
         Command::Lab(args) => return lab::run(args),
         Command::Whoami(args) => return whoami::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Completion { shell } => {
+            return complete::script(shell).map(|()| ExitCode::SUCCESS);
+        }
+        Command::Man(args) => {
+            return complete::man(&args, Cli::command()).map(|()| ExitCode::SUCCESS);
+        }
         other => other,
     };
     let client = Client::new(cli.host.as_deref())?;
@@ -152,7 +187,11 @@ fn run(cli: Cli, raw: &[String]) -> Result<ExitCode> {
             Command::Network(command) => network::run(&client, command).await,
             Command::Service(command) => service::run(&client, command, raw).await,
             Command::Task(command) => return task::run(&client, command).await,
-            Command::Lab(_) | Command::Whoami(_) => unreachable!("handled above"),
+            Command::Status(args) => status::run(&client, args).await,
+            Command::Wait(command) => wait::run(&client, command).await,
+            Command::Lab(_) | Command::Whoami(_) | Command::Completion { .. } | Command::Man(_) => {
+                unreachable!("handled above")
+            }
         }
         .map(|()| ExitCode::SUCCESS)
     });

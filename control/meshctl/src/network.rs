@@ -5,7 +5,7 @@ use clap::{Args, Subcommand};
 use mesh_api::{Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated};
 
 use crate::{
-    client::{Client, escape},
+    client::{Client, escape, is_missing},
     output::{InspectFormat, ListArgs, Table, fields, for_each, natural, objects, say, short},
     service::{inspect_all, key_values},
 };
@@ -103,11 +103,6 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
             .await
         }
     }
-}
-
-fn is_missing(err: &anyhow::Error) -> bool {
-    err.downcast_ref::<crate::client::Refused>()
-        .is_some_and(|refused| refused.status == http::StatusCode::NOT_FOUND)
 }
 
 async fn create(client: &Client, args: CreateArgs) -> Result<()> {

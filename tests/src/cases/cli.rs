@@ -9,6 +9,7 @@ use crate::cluster::{Cluster, Ran, SOON, eventually, list};
 group!("cli": the_stock_client_does_it_all, both_make_the_same, progress_until_converged,
     both_show_the_same, both_roll_back, updates_at_the_same_time_all_happen, tokens_and_nodes,
     formats, both_format_the_same, filters_and_formats_are_checked,
+    status_shows_what_needs_a_look, waits_end_as_they_say, shells_learn_names,
     a_service_without_an_executor_is_refused, unknown_flags_are_refused_by_name, errors_say_what);
 
 fn docker(c: &Cluster, line: &str) -> Result<String> {
@@ -296,6 +297,80 @@ fn filters_and_formats_are_checked(c: &Cluster) -> Result<()> {
     ] {
         c.meshctl("m1", line)?.refused(&[said])?;
     }
+    Ok(())
+}
+
+/// A service that fits on no node.
+const LOST: &str = "service create --detach --name lost --constraint node.hostname==nowhere \
+                    --runtime process -- sleep 600";
+
+fn status_shows_what_needs_a_look(c: &Cluster) -> Result<()> {
+    c.service("--name web --replicas 2", "sleep infinity")?;
+    c.wait_running("web", 2)?;
+    let status = || -> Result<Value> {
+        Ok(serde_json::from_str(&c.meshctl("m2", "status --format json")?.ok()?)?)
+    };
+    eventually("nothing to complain about", SOON, || {
+        let status = status()?;
+        let quorum = &status["Quorum"];
+        ensure!(quorum["Managers"] == 3 && quorum["Margin"] == 1, "{status}");
+        ensure!(quorum["Leader"] != "" && list(&status["Nodes"]).len() == 5, "{status}");
+        ensure!(list(&status["Warnings"]).is_empty(), "{status}");
+        Ok(())
+    })?;
+    c.meshctl("m1", LOST)?.ok()?;
+    eventually("a warning", SOON, || {
+        let text = c.meshctl("m1", "status")?.ok()?;
+        let warned = text.lines().any(|line| {
+            line.starts_with("Warning: service lost: 0 of 1 tasks run: no suitable node")
+        });
+        ensure!(warned && text.contains("2/2") && !text.contains('\u{1b}'), "{text}");
+        Ok(())
+    })?;
+    ensure!(c.meshctl("w1", "status")?.ok()?.contains("is a worker"));
+    Ok(())
+}
+
+fn waits_end_as_they_say(c: &Cluster) -> Result<()> {
+    let status = |line: &str| -> Result<i32> { Ok(c.meshctl("m1", line)?.status) };
+    c.service("--name web --replicas 2", "sleep infinity")?;
+    c.meshctl("m1", "wait service web --timeout 60s")?.ok()?;
+    ensure!(c.running("web")?.len() == 2, "web has not converged");
+    let late = c.meshctl("m1", "wait service web --for removed --timeout 300ms")?;
+    ensure!(late.status == 124 && late.stderr.contains("it exists"), "{}", late.stderr);
+    c.meshctl("m1", LOST)?.ok()?;
+    eventually("the reason", SOON, || {
+        let late = c.meshctl("m1", "wait service lost -q --timeout 1s")?;
+        ensure!(late.status == 124 && late.stdout.is_empty(), "{}", late.stdout);
+        ensure!(late.stderr.contains("no suitable node"), "{}", late.stderr);
+        Ok(())
+    })?;
+    ensure!(status("wait service nope")? == 1 && status("wait service nope --for removed")? == 0);
+    ensure!(status("wait service web --for bogus")? == 125);
+    c.meshctl("m1", "service rm web")?.ok()?;
+    c.meshctl("m1", "wait service web --for removed --timeout 60s")?.ok()?;
+    c.meshctl("m1", "wait node m1 w1 w2 --timeout 60s")?.ok()?;
+    c.meshctl("m1", "wait node m1 --for manager --timeout 60s")?.ok()?;
+    ensure!(status("wait node w1 --for down --timeout 200ms")? == 124);
+    Ok(())
+}
+
+fn shells_learn_names(c: &Cluster) -> Result<()> {
+    c.service("--name webby --replicas 1", "sleep infinity")?;
+    let meshctl = c.lab.meshctl().to_string_lossy();
+    let ask = |words: &str, at: u32| -> Result<String> {
+        let env = format!("MESHCTL_COMPLETE=fish _CLAP_COMPLETE_INDEX={at}");
+        c.client("sh", "m1", &["-c", &format!("{env} {meshctl} -- meshctl {words}")])?.ok()
+    };
+    ensure!(ask("service inspect ''", 3)?.contains("webby"));
+    ensure!(ask("node update ''", 3)?.contains("w2"));
+    ensure!(ask("service ''", 2)?.contains("rollback"));
+    for shell in ["bash", "zsh", "fish"] {
+        let script = c.meshctl("m1", &format!("completion {shell}"))?.ok()?;
+        ensure!(script.contains("MESHCTL_COMPLETE"), "{shell}: {script}");
+    }
+    let page = c.meshctl("m1", "man service create")?.ok()?;
+    ensure!(page.contains(".SH SYNOPSIS") && page.contains("replicas"), "{page}");
     Ok(())
 }
 

@@ -31,7 +31,7 @@ impl Tint {
     }
 
     /// What a cell of a table says, by its column and first word.
-    pub(super) fn of_cell(key: &str, cell: &str) -> Option<Self> {
+    pub(crate) fn of_cell(key: &str, cell: &str) -> Option<Self> {
         let word = cell.split(' ').next().unwrap_or_default();
         match (key, word) {
             ("Status", "Ready") | ("CurrentState", "Running" | "Complete") => Some(Self::Good),

@@ -15,7 +15,7 @@ use serde::Serialize;
 pub(crate) use colour::{Tint, on_stdout};
 pub(crate) use format::{Format, ListArgs, fields};
 pub(crate) use inspect::{InspectFormat, ObjectFormat, object, objects};
-pub(crate) use table::Table;
+pub(crate) use table::{Table, aligned};
 
 /// Prints a line; a reader that has gone (`| head`) ends the program quietly, as SIGPIPE would.
 pub(crate) fn say(text: impl AsRef<str>) -> Result<()> {

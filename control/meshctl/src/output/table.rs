@@ -142,7 +142,7 @@ fn split(line: &str) -> Vec<String> {
 }
 
 /// Columns as wide as their widest cell and 3 blanks, at least 10; the last is not padded.
-fn aligned(
+pub(crate) fn aligned(
     lines: &[Vec<String>],
     tint: impl Fn(usize, usize, &str) -> Option<Tint>,
 ) -> Vec<String> {

@@ -3,7 +3,7 @@
 mod create;
 mod logs;
 mod policy;
-mod progress;
+pub(crate) mod progress;
 pub(crate) mod ps;
 mod publish;
 mod update;
@@ -170,7 +170,7 @@ fn image_name(image: &str) -> String {
 }
 
 /// `*:8080->80/tcp`.
-fn ports(ports: &[Port]) -> String {
+pub(crate) fn ports(ports: &[Port]) -> String {
     let one =
         |port: &Port| format!("*:{}->{}/{}", port.published_port, port.target_port, port.protocol);
     ports.iter().map(one).collect::<Vec<_>>().join(", ")

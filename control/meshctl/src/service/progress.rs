@@ -39,13 +39,27 @@ const STATES: [&str; 9] = [
 
 /// One look at a service.
 #[derive(Debug, PartialEq, Eq)]
-struct View {
+pub(crate) struct View {
     /// Tasks that have to run.
     wanted: usize,
     /// Tasks that do.
     running: usize,
     /// State and error of each place (slot or node).
     places: BTreeMap<Place, (String, String)>,
+}
+
+impl View {
+    /// Whether the tasks that have to run do.
+    pub(crate) fn converged(&self) -> bool {
+        self.running == self.wanted
+    }
+
+    /// How far it is, with the first that has a problem.
+    pub(crate) fn told(&self) -> String {
+        let problem = self.places.iter().find(|(_, (_, err))| !err.is_empty());
+        let problem = problem.map(|(place, (_, err))| format!(" ({}: {err})", place.1));
+        format!("{} of {} tasks run{}", self.running, self.wanted, problem.unwrap_or_default())
+    }
 }
 
 /// A slot's number or a node's name, in natural order.
@@ -140,7 +154,8 @@ fn monitor(service: &Service) -> Duration {
     nanos.filter(|nanos| *nanos > 0).map_or(MONITOR, Duration::from_nanos)
 }
 
-async fn look(client: &Client, service: &Service) -> Result<View> {
+/// The tasks of a service's spec as they are now.
+pub(crate) async fn look(client: &Client, service: &Service) -> Result<View> {
     let filters = [format!("service={}", service.id), "_up-to-date=true".to_owned()];
     let tasks: Vec<Task> = client.get(&format!("/tasks?{}", filter_query(&filters)?)).await?;
     let nodes: Vec<Node> = client.get("/nodes").await?;
