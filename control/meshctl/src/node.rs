@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use crate::{
     client::{Client, escape},
     output::{
-        Format, InspectFormat, ListArgs, Table, fields, for_each, natural, objects, say, title,
+        self, Format, InspectFormat, ListArgs, Screen, Table, fields, for_each, natural, objects,
+        say, title,
     },
     service::{
         inspect_all, key_values,
@@ -27,6 +28,9 @@ pub(crate) enum Command {
         /// Names or ids; `self` is the node that is asked
         #[arg(required = true)]
         nodes: Vec<String>,
+        /// For people
+        #[arg(long, conflicts_with = "format")]
+        pretty: bool,
         #[command(flatten)]
         format: InspectFormat,
     },
@@ -93,7 +97,16 @@ const COUNTERS: &[(&str, &str)] = &[("COUNTER", "Counter"), ("KIND", "Kind"), ("
 pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
     match command {
         Command::Ls(args) => list(client, args).await,
-        Command::Inspect { nodes, format } => inspect(client, nodes, &format).await,
+        Command::Inspect { nodes, pretty, format } => {
+            let names = resolved(client, nodes).await?;
+            let (found, failed) =
+                inspect_all(client, &names, |name| format!("/nodes/{name}")).await;
+            match pretty {
+                true => output::pretty(&found, Screen::Node)?,
+                false => objects(&found, &format)?,
+            }
+            failed
+        }
         Command::Stats { node, nonzero, format } => stats(client, node, nonzero, format).await,
         Command::Update(args) => update(client, args).await,
         Command::Ps { list, mut nodes } => {
@@ -166,13 +179,6 @@ async fn resolved(client: &Client, nodes: Vec<String>) -> Result<Vec<String>> {
         }
     }
     Ok(names)
-}
-
-async fn inspect(client: &Client, nodes: Vec<String>, format: &InspectFormat) -> Result<()> {
-    let names = resolved(client, nodes).await?;
-    let (found, failed) = inspect_all(client, &names, |name| format!("/nodes/{name}")).await;
-    objects(&found, format)?;
-    failed
 }
 
 async fn stats(client: &Client, node: Option<String>, nonzero: bool, format: Format) -> Result<()> {

@@ -109,11 +109,36 @@ pub(crate) fn explain(err: &clap::Error, raw: &[String]) -> Option<String> {
             // `docker secret` alone stands for all of its verbs.
             let whole = named.clone().find(|verb| has_verb(raw, verb.name));
             let first = named.into_iter().find(|verb| verb.name.starts_with(&format!("{word} ")));
-            let verb = whole.or(first.filter(|_| raw.iter().any(|said| said == word)))?;
+            let Some(verb) = whole.or(first.filter(|_| raw.iter().any(|said| said == word))) else {
+                return elsewhere(word, raw);
+            };
             verb.fate.say(&format!("`docker {}`", verb.name), verb.reason)
         }
         _ => None,
     }
+}
+
+/// Verbs of the stock CLI for single containers, and what is done here instead.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("exec", "`meshctl task exec TASK -- CMD`"),
+    ("inspect", "`meshctl service inspect`, or `node` or `network inspect`"),
+    ("kill", "`meshctl service rm` or `scale`"),
+    ("logs", "`meshctl service logs SERVICE|TASK`"),
+    ("ps", "`meshctl service ps SERVICE`, or `meshctl node ps NODE`"),
+    ("rm", "`meshctl service rm`"),
+    ("run", "`meshctl service create --runtime process -- CMD`"),
+    ("stats", "`meshctl node stats`, or `meshctl status`"),
+    ("stop", "`meshctl service scale SERVICE=0`"),
+    ("top", "`meshctl node ps`"),
+    ("update", "`meshctl service update`"),
+];
+
+/// A container's verb, given to meshctl itself.
+fn elsewhere(word: &str, raw: &[String]) -> Option<String> {
+    let (_, instead) = ELSEWHERE.iter().find(|(verb, _)| *verb == word)?;
+    (raw.get(1)? == word).then(|| {
+        format!("`docker {word}` is about single containers; meshctl runs services: use {instead}")
+    })
 }
 
 /// `; did you mean `NAME`?` where one of the names is near enough; nothing otherwise. What precedes
@@ -208,6 +233,8 @@ mod tests {
         assert_eq!(said("meshctl service crate"), None);
         assert_eq!(said("meshctl service create --nosuch"), None);
         assert_eq!(said("meshctl secrets ls"), None);
+        assert!(said("meshctl ps").unwrap().contains("meshctl service ps"));
+        assert_eq!(said("meshctl network ps"), None);
         let said = said("meshctl secret create x").unwrap();
         assert!(said.starts_with("`docker secret create` is not implemented yet"), "{said}");
     }

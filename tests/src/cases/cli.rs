@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::group;
 use crate::cluster::{Cluster, Ran, SOON, eventually, list};
 
-group!("cli": the_stock_client_does_it_all, both_make_the_same, progress_until_converged,
+group!("cli": the_stock_client_does_it_all, both_make_the_same, both_change_the_same, progress_until_converged,
     both_show_the_same, both_roll_back, updates_at_the_same_time_all_happen, tokens_and_nodes,
     formats, both_format_the_same, filters_and_formats_are_checked,
     status_shows_what_needs_a_look, waits_end_as_they_say, shells_learn_names,
@@ -105,6 +105,45 @@ fn both_make_the_same(c: &Cluster) -> Result<()> {
     }
     let policy = &services[0]["TaskTemplate"]["RestartPolicy"];
     ensure!(policy["Condition"] == "on-failure" && policy["MaxAttempts"] == 4, "{policy}");
+    Ok(())
+}
+
+/// The flags of `service update` leave the same spec, whichever client is given them.
+fn both_change_the_same(c: &Cluster) -> Result<()> {
+    for network in ["old", "new"] {
+        c.meshctl("m1", &format!("network create {network}"))?.ok()?;
+    }
+    let update = "service update --detach --image host2:1 --hostname box --workdir /tmp \
+        --label-add a=2 --label-rm b --container-label-add d=4 --container-label-rm c \
+        --network-add name=new,alias=other --network-rm old --publish-add 8131:81 \
+        --publish-rm 80 --restart-condition on-failure --restart-delay 3s \
+        --restart-max-attempts 4 --restart-window 60s --stop-signal SIGINT --stop-grace-period 7s";
+    let mut specs = Vec::new();
+    for program in ["meshctl", "docker"] {
+        let create = "service create --detach --name svc --replicas 1 --label a=1 --label b=1 \
+            --container-label c=1 --container-label mesh.runtime=process --network old \
+            --publish 8130:80 host sleep 600";
+        c.docker("m1", create)?.ok()?;
+        let words: Vec<&str> = update.split_whitespace().chain(["svc"]).collect();
+        c.client(program, "m1", &words)?.ok()?;
+        let mut spec = c.api("GET", "/services/svc")?["Spec"].clone();
+        let pretty = c.client(program, "m1", &["service", "inspect", "--pretty", "svc"])?.ok()?;
+        for line in ["Service Mode:", "Image:", "host2", "PublishedPort = 8131"] {
+            ensure!(pretty.contains(line), "{program} lacks {line}:\n{pretty}");
+        }
+        // Which of them is left out and which is 0 is each client's own.
+        spec["TaskTemplate"]["ForceUpdate"] = Value::Null;
+        specs.push(spec);
+        c.meshctl("m1", "service rm svc")?.ok()?;
+        c.meshctl("m1", "wait service svc --for removed -q")?.ok()?;
+    }
+    let (ours, stock) = (&specs[0], &specs[1]);
+    ensure!(ours["Labels"] == stock["Labels"] && ours["Labels"]["a"] == "2", "{ours}\n{stock}");
+    ensure!(ours["EndpointSpec"]["Ports"] == stock["EndpointSpec"]["Ports"], "{ours}\n{stock}");
+    for part in ["Networks", "RestartPolicy", "ContainerSpec"] {
+        let (ours, stock) = (&ours["TaskTemplate"][part], &stock["TaskTemplate"][part]);
+        ensure!(ours == stock && !ours.is_null(), "{part}:\n{ours}\n{stock}");
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 mod colour;
 mod format;
 mod inspect;
+mod pretty;
 mod table;
 mod template;
 
@@ -15,6 +16,7 @@ use serde::Serialize;
 pub(crate) use colour::{Tint, on_stdout};
 pub(crate) use format::{Format, ListArgs, fields};
 pub(crate) use inspect::{InspectFormat, ObjectFormat, object, objects};
+pub(crate) use pretty::{Screen, pretty};
 pub(crate) use table::{Table, aligned};
 
 /// Prints a line; a reader that has gone (`| head`) ends the program quietly, as SIGPIPE would.

@@ -1,6 +1,8 @@
 //! `meshctl service create`.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use mesh_api::{
     ContainerSpec, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port, ReplicatedMode,
@@ -34,18 +36,27 @@ enum Runtime {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum RestartCondition {
+pub(super) enum RestartCondition {
     None,
     OnFailure,
     Any,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum EndpointMode {
+pub(super) enum EndpointMode {
     /// One virtual address per network
     Vip,
     /// The addresses of the tasks
     Dnsrr,
+}
+
+impl EndpointMode {
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Vip => "vip",
+            Self::Dnsrr => "dnsrr",
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -69,6 +80,9 @@ pub(crate) struct CreateArgs {
     /// Set a variable; without a value, that of this environment (may be repeated)
     #[arg(short, long, value_name = "KEY=VALUE")]
     env: Vec<String>,
+    /// Set variables from a file of KEY=VALUE lines; --env comes after it (may be repeated)
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
     /// A label of the service (may be repeated)
     #[arg(short, long, value_name = "KEY=VALUE")]
     label: Vec<String>,
@@ -120,7 +134,15 @@ pub(crate) struct CreateArgs {
     rest: Vec<String>,
 }
 
-pub(super) async fn run(client: &Client, args: CreateArgs, raw: &[String]) -> Result<()> {
+pub(super) async fn run(client: &Client, mut args: CreateArgs, raw: &[String]) -> Result<()> {
+    let mut env = Vec::new();
+    for path in &args.env_file {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read --env-file {}", path.display()))?;
+        env.extend(env_lines(&text));
+    }
+    env.append(&mut args.env);
+    args.env = env;
     let wait = args.wait;
     let spec = spec(args, raw, |name| std::env::var(name).ok())?;
     let created: ServiceCreated = client.post("/services/create", Some(&spec)).await?;
@@ -156,10 +178,6 @@ fn spec(
             "no image and no runtime given: use `--runtime process -- CMD…`".to_owned()
         )),
     };
-    let endpoint_mode = match args.endpoint_mode {
-        EndpointMode::Vip => "vip",
-        EndpointMode::Dnsrr => "dnsrr",
-    };
     Ok(ServiceSpec {
         name: if args.name.is_empty() { random_name() } else { args.name },
         labels: labels(&args.label),
@@ -192,7 +210,7 @@ fn spec(
         rollback_config: whole(args.policy.rollback()),
         networks: Vec::new(),
         endpoint_spec: Some(EndpointSpec {
-            mode: endpoint_mode.into(),
+            mode: args.endpoint_mode.word().into(),
             ports: args.publish.into_iter().flatten().collect(),
         }),
     })
@@ -235,7 +253,7 @@ fn mode(mode: Mode, replicas: Option<u64>) -> Result<ServiceMode> {
     }
 }
 
-fn restart_policy(
+pub(super) fn restart_policy(
     condition: Option<RestartCondition>,
     delay: Option<u64>,
     max_attempts: Option<u64>,
@@ -249,6 +267,12 @@ fn restart_policy(
     };
     let policy = RestartPolicy { condition: word.into(), delay, max_attempts, window };
     (policy != RestartPolicy::default()).then_some(policy)
+}
+
+/// The variables of an `--env-file`: a line each, but for blank ones and comments.
+fn env_lines(text: &str) -> impl Iterator<Item = String> {
+    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim_start);
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned)
 }
 
 /// `KEY` alone takes its value from here, and is left out where there is none, as Docker does.
@@ -350,6 +374,12 @@ mod tests {
         assert_eq!((spec.update_config, spec.rollback_config), (Some(update), None));
         assert!(spec.mode.global.is_some() && spec.mode.replicated.is_none());
         assert_eq!(spec.endpoint_spec.unwrap().mode, "dnsrr");
+    }
+
+    #[test]
+    fn files_of_variables_have_comments() {
+        let read: Vec<_> = env_lines("\u{feff}# c\nA=1 # b\n\n  HOME\nB=\n").collect();
+        assert_eq!(read, ["A=1 # b", "HOME", "B="]);
     }
 
     #[test]

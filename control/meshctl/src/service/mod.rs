@@ -1,5 +1,6 @@
 //! `meshctl service`.
 
+mod change;
 mod create;
 mod logs;
 mod policy;
@@ -17,7 +18,8 @@ use crate::{
     Usage,
     client::{Client, escape},
     output::{
-        InspectFormat, ListArgs, Table, error_text, fields, for_each, natural, objects, say, short,
+        self, InspectFormat, ListArgs, Screen, Table, error_text, fields, for_each, natural,
+        objects, say, short,
     },
 };
 
@@ -41,6 +43,9 @@ pub(crate) enum Command {
         /// Names or ids
         #[arg(required = true)]
         services: Vec<String>,
+        /// For people
+        #[arg(long, conflicts_with = "format")]
+        pretty: bool,
         #[command(flatten)]
         format: InspectFormat,
     },
@@ -85,10 +90,13 @@ pub(crate) async fn run(client: &Client, command: Command, raw: &[String]) -> Re
         Command::Ls(args) => list(client, args).await,
         Command::Ps(args) => ps::run(client, args).await,
         Command::Logs(args) => logs::run(client, args).await,
-        Command::Inspect { services, format } => {
+        Command::Inspect { services, pretty, format } => {
             let path = |name: &str| format!("/services/{name}?insertDefaults=true");
             let (found, failed) = inspect_all(client, &services, path).await;
-            objects(&found, &format)?;
+            match pretty {
+                true => output::pretty(&found, Screen::Service)?,
+                false => objects(&found, &format)?,
+            }
             failed
         }
         Command::Scale { wait, services } => scale(client, wait, &services).await,

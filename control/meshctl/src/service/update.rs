@@ -5,7 +5,9 @@ use clap::Args;
 use mesh_api::UpdateConfig;
 use serde_json::{Map, Value, json};
 
-use super::{WaitArgs, create::env, policy::PolicyArgs, progress, set_replicas, warn};
+use super::{
+    WaitArgs, change::ChangeArgs, create::env, policy::PolicyArgs, progress, set_replicas, warn,
+};
 use crate::{
     Usage,
     client::{Client, escape},
@@ -36,6 +38,8 @@ pub(crate) struct UpdateArgs {
     #[arg(long, value_name = "CONSTRAINT")]
     constraint_rm: Vec<String>,
     #[command(flatten)]
+    change: ChangeArgs,
+    #[command(flatten)]
     policy: PolicyArgs,
     /// Go back to the spec before the last update
     #[arg(long)]
@@ -46,12 +50,21 @@ pub(crate) struct UpdateArgs {
     service: String,
 }
 
+#[cfg(test)]
+impl UpdateArgs {
+    pub(super) fn change(&self) -> &ChangeArgs {
+        &self.change
+    }
+}
+
 pub(super) async fn run(client: &Client, args: UpdateArgs) -> Result<()> {
     let environment = |name: &str| std::env::var(name).ok();
     let command = args.args.as_deref().map(words).transpose()?;
+    let networks = args.change.networks(client).await?;
     let change = |spec: &mut Value| {
         let before = args.rollback.then(|| spec.clone());
         edit(spec, &args, command.as_deref(), environment)?;
+        args.change.apply(spec, &networks)?;
         if before.is_some_and(|before| before != *spec) {
             bail!(Usage("other flags may not be combined with --rollback".to_owned()));
         }
@@ -160,7 +173,7 @@ fn same(a: &str, b: &str) -> bool {
 }
 
 /// The object at a path, made where there is none.
-fn object<'a>(spec: &'a mut Value, path: &[&str]) -> Result<&'a mut Map<String, Value>> {
+pub(super) fn object<'a>(spec: &'a mut Value, path: &[&str]) -> Result<&'a mut Map<String, Value>> {
     let mut at = spec;
     for key in path {
         let Value::Object(fields) = at else { bail!("the service's spec has no object at {key}") };
@@ -173,7 +186,10 @@ fn object<'a>(spec: &'a mut Value, path: &[&str]) -> Result<&'a mut Map<String, 
 }
 
 /// The list at a key, made if there is none.
-fn list<'a>(fields: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>> {
+pub(super) fn list<'a>(
+    fields: &'a mut Map<String, Value>,
+    key: &str,
+) -> Result<&'a mut Vec<Value>> {
     let at = fields.entry(key).or_insert(Value::Null);
     if at.is_null() {
         *at = json!([]);
