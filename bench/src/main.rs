@@ -3,9 +3,12 @@
 
 mod asks;
 mod cluster;
+mod dns;
+mod dns_servers;
 mod overlay;
 mod peers;
 mod shell;
+mod table;
 mod trust;
 mod work;
 
@@ -23,6 +26,8 @@ struct Cli {
 enum Command {
     /// The clear overlay beside raw routing and Docker's path.
     Overlay(overlay::Overlay),
+    /// The resolver beside unbound, nsd and dnsmasq.
+    Dns(dns::Dns),
     /// What users feel when something fails, or is changed, each many times.
     Trust(trust::Trust),
     /// One event of `trust` in a lab that is up (used by the demo).
@@ -38,6 +43,7 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Overlay(options) => overlay::run(&options),
+        Command::Dns(options) => dns::run(&options),
         Command::Trust(options) => trust::run(&options),
         Command::Event(options) => trust::one(&options),
         Command::Peers => {

@@ -1,15 +1,15 @@
 //! `mesh-bench overlay`: the figures of the clear overlay, beside raw routing and Docker's path.
 
-use std::{collections::BTreeMap, fs, path::Path as FilePath};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
     cluster::{Cluster, PUBLISHED},
     peers::{Path, Peers},
+    table::{self, Figure, Row, Verdict},
 };
 
 /// Options of the benchmark.
@@ -147,35 +147,6 @@ const MEASURES: &[Measure] = &[
     },
 ];
 
-/// Median, least and greatest of one path's rounds.
-#[derive(Debug, Clone, Serialize)]
-struct Figure {
-    path: String,
-    median: f64,
-    min: f64,
-    max: f64,
-    rounds: Vec<f64>,
-    stalled: u64,
-    errors: u64,
-}
-
-#[derive(Debug, Serialize)]
-struct Verdict {
-    path: String,
-    against: String,
-    ratio: f64,
-    target: f64,
-    met: bool,
-}
-
-#[derive(Debug, Serialize)]
-struct Row {
-    measure: String,
-    unit: String,
-    figures: Vec<Figure>,
-    verdicts: Vec<Verdict>,
-}
-
 pub(crate) fn run(options: &Overlay) -> Result<()> {
     let wanted: Vec<&Measure> = MEASURES
         .iter()
@@ -200,9 +171,8 @@ pub(crate) fn run(options: &Overlay) -> Result<()> {
             rows.push(row(measure, &paths, options)?);
         }
     }
-    let table = render(&rows, options);
-    print!("{table}");
-    write(&options.out, options.via_device, &table, &rows)
+    let stem = if options.via_device { "overlay-via-device" } else { "overlay" };
+    table::write(&options.out, stem, &heading(options), "stalled / errors", &rows)
 }
 
 fn row(measure: &Measure, paths: &[Path], options: &Overlay) -> Result<Row> {
@@ -225,36 +195,14 @@ fn row(measure: &Measure, paths: &[Path], options: &Overlay) -> Result<Row> {
     }
     for path in paths {
         if let Some((rounds, stalled, errors)) = all.remove(path.name) {
-            let mut sorted = rounds.clone();
-            sorted.sort_by(f64::total_cmp);
-            figures.push(Figure {
-                path: path.name.to_owned(),
-                median: sorted[sorted.len() / 2],
-                min: sorted[0],
-                max: sorted[sorted.len() - 1],
-                rounds,
-                stalled,
-                errors,
-            });
+            figures.push(Figure::new(path.name, rounds, stalled, errors));
         }
     }
-    let median = |name: &str| figures.iter().find(|f| f.path == name).map(|f| f.median);
     let verdicts = measure
         .targets
         .iter()
-        .filter_map(|(path, against, target)| {
-            let ratio = median(path)? / median(against)?;
-            // A negative target is a ceiling.
-            let met = if *target < 0.0 { ratio <= -target } else { ratio >= *target };
-            Some(Verdict {
-                path: (*path).to_owned(),
-                against: (*against).to_owned(),
-                ratio,
-                target: target.abs(),
-                met,
-            })
-        })
-        .collect();
+        .filter_map(|(path, against, target)| Verdict::of(&figures, path, against, *target));
+    let verdicts = verdicts.collect();
     Ok(Row { measure: measure.name.into(), unit: measure.unit.into(), figures, verdicts })
 }
 
@@ -272,56 +220,13 @@ fn once(measure: &Measure, path: &Path, secs: f64) -> Result<Value> {
     )
 }
 
-fn render(rows: &[Row], options: &Overlay) -> String {
-    use std::fmt::Write as _;
-    let mut out = String::from("# Clear overlay, side by side\n\n");
-    let _ = writeln!(
-        out,
-        "Medians (least–greatest) of {} interleaved rounds of {} s in one run, order reversed every \
-         other round.{}\n",
+/// What the table says above itself.
+fn heading(options: &Overlay) -> String {
+    format!(
+        "# Clear overlay, side by side\n\nMedians (least–greatest) of {} interleaved rounds of {} s in \
+         one run, order reversed every other round.{}\n",
         options.rounds,
         options.secs,
         if options.via_device { " Fallback through the VXLAN device." } else { "" }
-    );
-    out.push_str("| measure | path | median | range | stalled / errors |\n|---|---|---|---|---|\n");
-    for row in rows {
-        for figure in &row.figures {
-            let _ = writeln!(
-                out,
-                "| {} ({}) | {} | {:.1} | {:.1}–{:.1} | {} / {} |",
-                row.measure,
-                row.unit,
-                figure.path,
-                figure.median,
-                figure.min,
-                figure.max,
-                figure.stalled,
-                figure.errors
-            );
-        }
-    }
-    out.push_str("\n| measure | ratio | is | target | |\n|---|---|---|---|---|\n");
-    for row in rows {
-        for v in &row.verdicts {
-            let _ = writeln!(
-                out,
-                "| {} | {} / {} | {:.2} | {:.2} | {} |",
-                row.measure,
-                v.path,
-                v.against,
-                v.ratio,
-                v.target,
-                if v.met { "met" } else { "missed" }
-            );
-        }
-    }
-    out
-}
-
-fn write(dir: &FilePath, via_device: bool, table: &str, rows: &[Row]) -> Result<()> {
-    fs::create_dir_all(dir)?;
-    let stem = if via_device { "overlay-via-device" } else { "overlay" };
-    fs::write(dir.join(format!("{stem}.md")), table)?;
-    fs::write(dir.join(format!("{stem}.json")), serde_json::to_string_pretty(rows)? + "\n")?;
-    Ok(())
+    )
 }

@@ -11,20 +11,23 @@ use hickory_proto::{
 };
 use mesh_types::TaskId;
 
-use crate::index::{Index, Lookup, Reverse};
+use crate::{
+    index::{Asker, Index, Lookup, Reverse},
+    names::MAX_ADDRESSES,
+    wire::{HEADER_LEN, Key},
+};
 
 /// Seconds for which an answer about an internal name may be remembered, the answer that there is
 /// none included (RFC 2308 section 5).
 pub const TTL_SECONDS: u32 = 5;
 /// UDP without EDNS carries this much (RFC 1035 section 4.2.1).
-const UDP_BYTES: u16 = 512;
-/// UDP with EDNS carries no more than this, whatever is asked for: tasks ask over their loopback.
-const UDP_BYTES_MAX: u16 = 4096;
-/// More addresses than this are no use to anyone; with them an answer fits a TCP message.
-const MAX_ADDRESSES: usize = 2048;
-/// An AAAA record whose name is a pointer (RFC 1035 section 4.1.4).
-const ANSWER_BYTES_MAX: usize = 28;
-const HEADER_LEN: usize = 12;
+pub(crate) const UDP_BYTES: u16 = 512;
+/// UDP with EDNS carries no more than this, whatever is asked for: a small question gives no large
+/// answer, and what does not fit is asked for over TCP.
+pub(crate) const UDP_BYTES_MAX: u16 = 1232;
+
+/// What names of addresses end in.
+pub(crate) const ARPA: &[u8] = b"\x04arpa";
 
 /// How the query came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,10 +82,11 @@ pub fn answer(
     if !matches!(question.query_class, DNSClass::IN | DNSClass::ANY) {
         return reply.empty(ResponseCode::Refused);
     }
-    match resolve(index, task, question) {
+    let asker = index.asker(task);
+    match resolve(index, asker, question) {
         Found::Records(records) => reply.records(records, turn),
         Found::NoSuchName => reply.negative(ResponseCode::NXDomain),
-        Found::Outside if index.may_forward(task) => Decision::Forward,
+        Found::Outside if asker.forward => Decision::Forward,
         Found::Outside => reply.empty(ResponseCode::Refused),
     }
 }
@@ -139,19 +143,19 @@ enum Found {
     Outside,
 }
 
-fn resolve(index: &Index, task: TaskId, question: &Query) -> Found {
-    let Some(name) = key(&question.name) else { return Found::Outside };
-    if name.ends_with(".arpa") {
-        return resolve_reverse(index, task, question);
+fn resolve(index: &Index, asker: &Asker, question: &Query) -> Found {
+    let Some(key) = Key::from_labels(question.name.iter()) else { return Found::Outside };
+    if key.as_bytes().ends_with(ARPA) {
+        return resolve_reverse(index, asker, question);
     }
-    match index.lookup(task, &name) {
-        Lookup::Addresses(addresses) => Found::Records(
-            addresses
-                .iter()
+    match index.lookup(asker, key.as_bytes()) {
+        Lookup::Addresses(records) => Found::Records(
+            records
+                .addresses()
                 .filter_map(|address| match (address, question.query_type) {
-                    (IpAddr::V4(v4), RecordType::A | RecordType::ANY) => Some(RData::A(A(*v4))),
+                    (IpAddr::V4(v4), RecordType::A | RecordType::ANY) => Some(RData::A(A(v4))),
                     (IpAddr::V6(v6), RecordType::AAAA | RecordType::ANY) => {
-                        Some(RData::AAAA(AAAA(*v6)))
+                        Some(RData::AAAA(AAAA(v6)))
                     }
                     _ => None,
                 })
@@ -162,14 +166,14 @@ fn resolve(index: &Index, task: TaskId, question: &Query) -> Found {
     }
 }
 
-fn resolve_reverse(index: &Index, task: TaskId, question: &Query) -> Found {
+fn resolve_reverse(index: &Index, asker: &Asker, question: &Query) -> Found {
     let Ok(net) = question.name.parse_arpa_name() else { return Found::Outside };
     if net.prefix_len() < net.max_prefix_len() {
         // A name above addresses of ours exists, and has no records.
         let ours = index.is_internal_address(net.network());
         return if ours { Found::Records(Vec::new()) } else { Found::Outside };
     }
-    match index.reverse(task, net.addr()) {
+    match index.reverse(asker, net.addr()) {
         Reverse::Name(name) => Found::Records(
             Name::from_ascii(format!("{name}."))
                 .ok()
@@ -181,21 +185,6 @@ fn resolve_reverse(index: &Index, task: TaskId, question: &Query) -> Found {
         Reverse::NoSuchName => Found::NoSuchName,
         Reverse::Outside => Found::Outside,
     }
-}
-
-/// A name as the index has it. `None` for names that no service can have: a label with a dot in it
-/// must not be taken for two.
-fn key(name: &Name) -> Option<String> {
-    let mut key = String::with_capacity(64);
-    for label in name.iter() {
-        let text = std::str::from_utf8(label).ok().filter(|text| !text.contains('.'))?;
-        if !key.is_empty() {
-            key.push('.');
-        }
-        key.push_str(text);
-    }
-    key.make_ascii_lowercase();
-    (!key.is_empty()).then_some(key)
 }
 
 struct Reply<'a> {
@@ -266,19 +255,29 @@ impl Reply<'_> {
                 .as_ref()
                 .map_or(UDP_BYTES, |edns| edns.max_payload().clamp(UDP_BYTES, UDP_BYTES_MAX)),
         };
-        loop {
-            let Ok(bytes) = reply.to_vec() else { return Decision::Drop };
-            let excess = bytes.len().saturating_sub(usize::from(limit));
-            if excess == 0 || reply.answers.is_empty() {
-                return Decision::Reply(bytes);
-            }
-            let keep = reply.answers.len().saturating_sub(excess.div_ceil(ANSWER_BYTES_MAX));
-            reply.answers.truncate(keep);
-            reply.metadata.truncation = true;
+        let Ok(whole) = reply.to_vec() else { return Decision::Drop };
+        if whole.len() <= usize::from(limit) {
+            return Decision::Reply(whole);
         }
+        reply.metadata.truncation = true;
+        let all = std::mem::take(&mut reply.answers);
+        // The most answers that fit: between `fit` and `too_many`.
+        let (mut fit, mut too_many) = (0, all.len());
+        let mut best = reply.to_vec();
+        while too_many - fit > 1 {
+            let middle = fit + (too_many - fit) / 2;
+            reply.answers = all[..middle].to_vec();
+            match reply.to_vec() {
+                Ok(bytes) if bytes.len() <= usize::from(limit) => {
+                    (fit, best) = (middle, Ok(bytes));
+                }
+                _ => too_many = middle,
+            }
+        }
+        best.map_or(Decision::Drop, Decision::Reply)
     }
 }
 
 #[cfg(test)]
 #[path = "answer_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -24,6 +24,9 @@ pub enum Request {
     /// These tasks' sockets come with this frame: serve them instead of opening others. Only for a
     /// resolver that [takes](Status::takes_sockets) them.
     Sockets(Vec<SocketsOf>),
+    /// With this frame comes a [journal](crate::handover::journal). Only for a resolver that
+    /// [takes](Status::takes_journal) it.
+    Journal,
     /// Forget everything and end.
     Shutdown,
 }
@@ -40,6 +43,8 @@ pub struct Status {
     pub tasks: BTreeMap<TaskId, Option<String>>,
     /// Whether it knows [`Request::Sockets`].
     pub takes_sockets: bool,
+    /// Whether it knows [`Request::Journal`].
+    pub takes_journal: bool,
     /// Tasks whose sockets come with this frame: each once on a connection.
     pub sockets: Vec<SocketsOf>,
 }

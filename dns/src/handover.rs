@@ -4,7 +4,9 @@
 //! other's duplicates keep the sockets bound: the kernel queues what tasks ask, and whoever comes
 //! next takes the sockets over with the queue in them. The descriptors go with the first byte of a
 //! frame of [`control`](crate::control) (`SCM_RIGHTS`, unix(7)), a UDP socket and a TCP listener
-//! for each task that the frame names, in its order. An end that knows nothing of this reads the
+//! for each task that the frame names, in its order. What a resolver has taken off a queue and not
+//! answered yet is in a [`journal`], which meshd makes and gives to one resolver after the other. An
+//! end that knows nothing of this reads the
 //! frame just as well, and the kernel closes what it was sent.
 
 #![allow(unsafe_code, reason = "owning the descriptors that a message brought")]
@@ -16,7 +18,13 @@ use std::{
 };
 
 use mesh_types::TaskId;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::{
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+    },
+    unistd::ftruncate,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
@@ -26,11 +34,24 @@ use tokio::{
     },
 };
 
-use crate::control::{self, MAX_FRAME};
+use crate::{
+    batch::JOURNAL_BYTES,
+    control::{self, MAX_FRAME},
+};
 
 /// Tasks whose sockets go with one frame. The kernel passes 253 descriptors at once.
 pub const PER_FRAME: usize = 100;
 const FDS_MAX: usize = 253;
+
+/// Makes a journal: memory for the queries that a resolver is about to answer.
+///
+/// # Errors
+/// Of `memfd_create` and `ftruncate`.
+pub fn journal() -> io::Result<OwnedFd> {
+    let journal = memfd_create("mesh-dns-journal", MFdFlags::MFD_CLOEXEC)?;
+    ftruncate(&journal, JOURNAL_BYTES as i64)?;
+    Ok(journal)
+}
 
 /// Whose sockets come with a frame.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,13 +9,10 @@ use std::{
     fs,
     io::{self, Write as _},
     net::SocketAddr,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::OwnedFd,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -25,32 +22,24 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
 };
 use tokio::{
-    net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream, unix::OwnedWriteHalf},
+    net::{UnixListener, UnixStream, unix::OwnedWriteHalf},
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc, watch},
-    task::{AbortHandle, JoinSet},
-    time::{Instant, sleep, sleep_until, timeout},
+    sync::{mpsc, watch},
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
-    answer::{Decision, Transport, answer, failure},
     control::{Request, Status},
-    forward::{forward, read_message, write_message},
     handover::{self, PER_FRAME, Sockets, SocketsOf},
     index::Index,
     netns::{self, TaskSockets},
+    serve::{self, Loops, Open, Serving, Shared},
     snapshot::Snapshot,
 };
 
-/// Queries under way to the node's resolvers, of all tasks. More are dropped: their askers ask
-/// again.
-const MAX_FORWARDS: usize = 1024;
-/// TCP connections of one task.
-const MAX_CONNECTIONS: usize = 64;
-/// How long a TCP connection may be idle (RFC 7766 section 6.2.3: a few seconds).
-const IDLE: Duration = Duration::from_secs(10);
 /// How soon sockets that could not be opened are tried again.
-const RETRY: Duration = Duration::from_millis(100);
+pub(crate) const RETRY: Duration = Duration::from_millis(100);
 /// Snapshots are saved no more often than this.
 const SAVE_EVERY: Duration = Duration::from_millis(500);
 
@@ -92,9 +81,9 @@ pub async fn serve(config: &RunConfig) -> io::Result<()> {
     let listener = UnixListener::bind(path).map_err(named)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(named)?;
 
-    let mut resolver = Resolver::new(config.state_file.clone());
+    let mut resolver = Resolver::new(config.state_file.clone())?;
     if let Some(snapshot) = load(&config.state_file) {
-        resolver.apply(snapshot);
+        resolver.apply(Arc::new(snapshot)).await;
     }
     let ended = resolver.run(&listener).await;
     let _ = fs::remove_file(path);
@@ -140,19 +129,6 @@ fn save(path: &Path, snapshot: &Snapshot) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-/// What every query needs.
-struct Shared {
-    serving: watch::Sender<Arc<Serving>>,
-    turn: AtomicUsize,
-    forwards: Arc<Semaphore>,
-}
-
-#[derive(Default)]
-struct Serving {
-    index: Index,
-    upstreams: Vec<SocketAddr>,
-}
-
 struct Resolver {
     shared: Arc<Shared>,
     tasks: HashMap<TaskId, Listening>,
@@ -162,7 +138,7 @@ struct Resolver {
     opened: mpsc::UnboundedSender<Opened>,
     openings: mpsc::UnboundedReceiver<Opened>,
     state_file: PathBuf,
-    unsaved: Option<(Instant, Snapshot)>,
+    unsaved: Option<(Instant, Arc<Snapshot>)>,
 }
 
 /// What meshd is told.
@@ -190,27 +166,9 @@ enum Opening {
     Failed { error: String, retry: Instant },
 }
 
-/// The sockets that the loops of one task serve.
-struct Open {
-    netns: PathBuf,
-    udp: UdpSocket,
-    tcp: TcpListener,
-}
-
-impl Open {
-    fn fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.udp.as_fd(), self.tcp.as_fd()]
-    }
-}
-
-/// The loops that serve one task. They end with it.
-struct Loops([AbortHandle; 2]);
-
-impl Drop for Loops {
-    fn drop(&mut self) {
-        for handle in &self.0 {
-            handle.abort();
-        }
+impl From<(Arc<Open>, Loops)> for Opening {
+    fn from((open, loops): (Arc<Open>, Loops)) -> Self {
+        Self::Open { open, _loops: loops }
     }
 }
 
@@ -218,6 +176,7 @@ impl Drop for Loops {
 enum Asked {
     Plain(Request),
     Sockets(Vec<(TaskId, Sockets)>),
+    Journal(OwnedFd),
 }
 
 enum Step {
@@ -237,20 +196,17 @@ async fn at(when: Option<Instant>) {
 }
 
 impl Resolver {
-    fn new(state_file: PathBuf) -> Self {
+    fn new(state_file: PathBuf) -> io::Result<Self> {
         let (opened, openings) = mpsc::unbounded_channel();
-        Self {
-            shared: Arc::new(Shared {
-                serving: watch::Sender::default(),
-                turn: AtomicUsize::new(0),
-                forwards: Arc::new(Semaphore::new(MAX_FORWARDS)),
-            }),
+        Ok(Self {
+            shared: Arc::new(Shared::new()?),
             tasks: HashMap::new(),
             handed: HashMap::new(),
             told: watch::Sender::new(Told {
                 status: Status {
                     pid: std::process::id(),
                     takes_sockets: true,
+                    takes_journal: true,
                     ..Status::default()
                 },
                 sockets: BTreeMap::new(),
@@ -259,7 +215,7 @@ impl Resolver {
             openings,
             state_file,
             unsaved: None,
-        }
+        })
     }
 
     async fn run(&mut self, listener: &UnixListener) -> io::Result<()> {
@@ -288,15 +244,22 @@ impl Resolver {
                 }
                 Step::Asked(Asked::Sockets(sockets)) => self.adopt(sockets),
                 Step::Asked(Asked::Plain(Request::Snapshot(snapshot))) => {
-                    self.apply(*snapshot.clone());
+                    let snapshot = Arc::new(*snapshot);
+                    self.apply(Arc::clone(&snapshot)).await;
                     // What no task of meshd's is served by now is nobody's.
                     self.handed.clear();
+                    self.shared.settle_journal(|task| self.tasks.contains_key(&task));
                     let when = Instant::now() + SAVE_EVERY;
                     let when = self.unsaved.take().map_or(when, |(when, _)| when);
-                    self.unsaved = Some((when, *snapshot));
+                    self.unsaved = Some((when, snapshot));
                 }
-                // It came without descriptors, and so says nothing.
-                Step::Asked(Asked::Plain(Request::Sockets(_))) => {}
+                Step::Asked(Asked::Journal(journal)) => {
+                    if let Err(error) = self.shared.take_journal(journal) {
+                        tracing::warn!(%error, "no journal: a death of this process loses queries");
+                    }
+                }
+                // They came without descriptors, and so say nothing.
+                Step::Asked(Asked::Plain(Request::Sockets(_) | Request::Journal)) => {}
                 Step::Asked(Asked::Plain(Request::Shutdown)) => {
                     let _ = fs::remove_file(&self.state_file);
                     return Ok(());
@@ -313,16 +276,18 @@ impl Resolver {
     }
 
     /// Serves a snapshot from now on.
-    fn apply(&mut self, snapshot: Snapshot) {
-        let index = Index::new(&snapshot);
-        let Snapshot { tasks, upstreams, .. } = snapshot;
+    async fn apply(&mut self, snapshot: Arc<Snapshot>) {
+        // A large one takes its time, in which queries are answered from the one before.
+        let built = Arc::clone(&snapshot);
+        let Ok(index) = spawn_blocking(move || Index::new(&built)).await else { return };
         // A resolver that asks itself never answers.
-        let own = |upstream: &SocketAddr| upstream.ip() == netns::RESOLVER_ADDRESS;
-        let upstreams = upstreams.into_iter().filter(|upstream| !own(upstream)).collect();
-        self.shared.serving.send_replace(Arc::new(Serving { index, upstreams }));
+        let own = |upstream: &&SocketAddr| upstream.ip() == netns::RESOLVER_ADDRESS;
+        let upstreams =
+            snapshot.upstreams.iter().filter(|upstream| !own(upstream)).copied().collect();
+        self.shared.serve(Serving { index, upstreams });
 
         let wanted: HashMap<TaskId, PathBuf> =
-            tasks.into_iter().map(|view| (view.task, view.netns)).collect();
+            snapshot.tasks.iter().map(|view| (view.task, view.netns.clone())).collect();
         self.tasks.retain(|task, listening| wanted.get(task) == Some(&listening.netns));
         for (task, netns) in wanted {
             if !self.tasks.contains_key(&task) {
@@ -352,8 +317,9 @@ impl Resolver {
         let handed = self.handed.remove(&task).filter(|handed| handed.netns == netns);
         if let Some(Sockets { udp, tcp, .. }) = handed {
             let sockets = TaskSockets { udp: udp.into(), tcp: tcp.into() };
-            match start(&self.shared, task, &netns, sockets) {
-                Ok(state) => {
+            match serve::start(&self.shared, task, &netns, sockets) {
+                Ok(started) => {
+                    let state = started.into();
                     self.tasks.insert(task, Listening { netns, state });
                     return;
                 }
@@ -376,9 +342,9 @@ impl Resolver {
         let listening =
             self.tasks.get_mut(&task).filter(|known| known.netns == netns && waits(known));
         let Some(listening) = listening else { return };
-        let state = result.and_then(|sockets| start(&self.shared, task, &netns, sockets));
-        listening.state = match state {
-            Ok(open) => open,
+        let started = result.and_then(|sockets| serve::start(&self.shared, task, &netns, sockets));
+        listening.state = match started {
+            Ok(started) => started.into(),
             Err(error) => {
                 tracing::debug!(%task, %error, "resolver sockets not open yet");
                 Opening::Failed { error: error.to_string(), retry: Instant::now() + RETRY }
@@ -420,7 +386,7 @@ impl Resolver {
 
     /// Tells meshd how it stands, if that changed.
     fn report(&self) {
-        let revision = self.shared.serving.borrow().index.revision();
+        let revision = self.shared.serving().index.revision();
         let before = self.told.borrow().status.tasks.clone();
         let state = |task: &TaskId, listening: &Listening| match &listening.state {
             Opening::Open { .. } => None,
@@ -457,6 +423,10 @@ async fn converse(stream: UnixStream, ask: mpsc::Sender<Asked>, mut told: watch:
         loop {
             let asked = match handover::receive(&mut reader).await {
                 Ok(Some((Request::Sockets(of), fds))) => Sockets::pair(of, fds).map(Asked::Sockets),
+                Ok(Some((Request::Journal, fds))) => Ok(fds
+                    .into_iter()
+                    .next()
+                    .map_or(Asked::Plain(Request::Journal), Asked::Journal)),
                 Ok(Some((request, _))) => Ok(Asked::Plain(request)),
                 Ok(None) => return,
                 Err(error) => Err(error),
@@ -515,112 +485,5 @@ async fn tell(
             return Ok(());
         }
         rest = later;
-    }
-}
-
-fn start(
-    shared: &Arc<Shared>,
-    task: TaskId,
-    netns: &Path,
-    sockets: TaskSockets,
-) -> io::Result<Opening> {
-    let open = Arc::new(Open {
-        netns: netns.to_owned(),
-        udp: UdpSocket::from_std(sockets.udp)?,
-        tcp: TcpListener::from_std(sockets.tcp)?,
-    });
-    let udp = tokio::spawn(serve_udp(Arc::clone(shared), task, Arc::clone(&open)));
-    let tcp = tokio::spawn(serve_tcp(Arc::clone(shared), task, Arc::clone(&open)));
-    Ok(Opening::Open { open, _loops: Loops([udp.abort_handle(), tcp.abort_handle()]) })
-}
-
-impl Shared {
-    fn decide(&self, task: TaskId, query: &[u8], transport: Transport) -> Decision {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        answer(&self.serving.borrow().index, task, query, transport, turn)
-    }
-
-    async fn forward(&self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
-        let serving = Arc::clone(&self.serving.borrow());
-        match forward(query, &serving.upstreams, transport).await {
-            Some(reply) => Some(reply),
-            None => failure(query),
-        }
-    }
-}
-
-async fn serve_udp(shared: Arc<Shared>, task: TaskId, open: Arc<Open>) {
-    let socket = &open.udp;
-    let mut forwards = JoinSet::new();
-    let mut buffer = [0; 4096];
-    loop {
-        // Taken off the queue only after the answer: whoever dies in between leaves the query to
-        // the next resolver, and at worst it is answered twice.
-        let (length, from) = match socket.peek_from(&mut buffer).await {
-            Ok(received) => received,
-            Err(error) => {
-                tracing::debug!(%task, %error, "resolver socket: receive failed");
-                sleep(RETRY).await;
-                continue;
-            }
-        };
-        while forwards.try_join_next().is_some() {}
-        let query = &buffer[..length];
-        match shared.decide(task, query, Transport::Udp) {
-            // A full socket buffer is a lost datagram, as on any network.
-            Decision::Reply(reply) => drop(socket.try_send_to(&reply, from)),
-            Decision::Drop => {}
-            Decision::Forward => {
-                // More than the limit are lost, as datagrams are.
-                if let Ok(permit) = Arc::clone(&shared.forwards).try_acquire_owned() {
-                    let (shared, open, query) =
-                        (Arc::clone(&shared), Arc::clone(&open), query.to_vec());
-                    forwards.spawn(async move {
-                        let _permit = permit;
-                        if let Some(reply) = shared.forward(&query, Transport::Udp).await {
-                            let _ = open.udp.send_to(&reply, from).await;
-                        }
-                    });
-                }
-            }
-        }
-        let _ = socket.try_recv_from(&mut [0]);
-    }
-}
-
-async fn serve_tcp(shared: Arc<Shared>, task: TaskId, open: Arc<Open>) {
-    let mut connections = JoinSet::new();
-    loop {
-        while connections.try_join_next().is_some() {}
-        if connections.len() >= MAX_CONNECTIONS {
-            connections.join_next().await;
-            continue;
-        }
-        match open.tcp.accept().await {
-            Ok((stream, _)) => {
-                connections.spawn(serve_stream(Arc::clone(&shared), task, stream));
-            }
-            Err(error) => {
-                tracing::debug!(%task, %error, "resolver socket: accept failed");
-                sleep(RETRY).await;
-            }
-        }
-    }
-}
-
-async fn serve_stream(shared: Arc<Shared>, task: TaskId, mut stream: TcpStream) {
-    while let Ok(Ok(Some(query))) = timeout(IDLE, read_message(&mut stream)).await {
-        let reply = match shared.decide(task, &query, Transport::Tcp) {
-            Decision::Reply(reply) => reply,
-            Decision::Drop => return,
-            Decision::Forward => {
-                let Ok(_permit) = shared.forwards.acquire().await else { return };
-                let Some(reply) = shared.forward(&query, Transport::Tcp).await else { return };
-                reply
-            }
-        };
-        if !matches!(timeout(IDLE, write_message(&mut stream, &reply)).await, Ok(Ok(()))) {
-            return;
-        }
     }
 }

@@ -3,11 +3,12 @@
 //!
 //! Duplicates of the sockets that it serves are kept here: while it is dead they stay bound, so
 //! that what tasks ask waits for its successor, which is handed them. A meshd that starts gets them
-//! from the resolver that it finds.
+//! from the resolver that it finds. So is the journal of what a resolver was about to answer.
 
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::fd::{AsFd as _, OwnedFd},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
@@ -121,9 +122,18 @@ impl Resolver {
         let (snapshots, pushed) = watch::channel(None);
         let (publish, status) = watch::channel(None);
         let (stop, stopping) = watch::channel(false);
-        let kept = Mutex::default();
-        let supervisor =
-            Supervisor { paths: paths.clone(), pushed, publish, stopping, child: None, kept };
+        let journal = handover::journal()
+            .inspect_err(|error| tracing::warn!(%error, "no journal for the resolver"))
+            .ok();
+        let supervisor = Supervisor {
+            paths: paths.clone(),
+            pushed,
+            publish,
+            stopping,
+            child: None,
+            kept: Mutex::default(),
+            journal,
+        };
         let supervisor = tokio::spawn(supervisor.run());
         Ok(Self { paths, snapshots, stop, status, supervisor })
     }
@@ -186,6 +196,8 @@ struct Supervisor {
     stopping: watch::Receiver<bool>,
     child: Option<Child>,
     kept: Mutex<Kept>,
+    /// `None` if there is no memory for it: then what a resolver took off a queue dies with it.
+    journal: Option<OwnedFd>,
 }
 
 /// Sockets of the resolver's.
@@ -289,11 +301,18 @@ impl Supervisor {
         let (mut reader, mut writer) = stream.into_split();
         let (pushed, stopping, kept) = (&mut self.pushed, &mut self.stopping, &self.kept);
         let latest = pushed.clone();
-        let (greeted, mut greeting) = watch::channel(None);
+        let journal = &self.journal;
+        let (greeted, mut greeting) = watch::channel(None::<(bool, bool)>);
         let tell = async {
             // Before the first snapshot, for which it would open sockets of its own.
-            let takes_sockets =
-                greeting.wait_for(Option::is_some).await.is_ok_and(|g| *g == Some(true));
+            let greeting = greeting.wait_for(Option::is_some).await.ok().and_then(|g| *g);
+            let (takes_sockets, takes_journal) = greeting.unwrap_or_default();
+            if takes_journal && let Some(journal) = journal {
+                let fds = [journal.as_fd()];
+                if let Err(error) = handover::send(&mut writer, &Request::Journal, &fds).await {
+                    return Ended::Lost(error);
+                }
+            }
             if takes_sockets && let Err(error) = hand_over(&mut writer, kept).await {
                 return Ended::Lost(error);
             }
@@ -338,7 +357,7 @@ impl Supervisor {
                     }
                     Err(error) => return Ended::Lost(error),
                 }
-                greeted.send_replace(Some(status.takes_sockets));
+                greeted.send_replace(Some((status.takes_sockets, status.takes_journal)));
                 publish.send_replace(Some(status));
             }
         };

@@ -37,7 +37,7 @@ enum Command {
         #[arg(long)]
         no_vm: bool,
     },
-    /// Run a benchmark: `overlay` beside its peers, `trust` while things fail
+    /// Run a benchmark: `overlay` and `dns` beside their peers, `trust` while things fail
     Bench {
         /// The benchmark
         name: String,

@@ -1,6 +1,6 @@
 //! Installs Debian packages that are missing, and only those.
 
-use std::process::Command;
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
 use anyhow::{Context, Result, bail};
 
@@ -41,6 +41,39 @@ pub(crate) const ALL: &[Tool] = &[
     tool("xz", &["xz-utils"]),
     tool("strip", &["binutils"]),
 ];
+
+/// The peers of `bench dns`. They are daemons: see [`install_peers`].
+const DNS_PEERS: &[Tool] = &[
+    tool("dnsperf", &["dnsperf"]),
+    tool("unbound", &["unbound"]),
+    tool("nsd", &["nsd"]),
+    tool("dnsmasq", &["dnsmasq-base"]),
+];
+/// What says whether a package may start its daemon (invoke-rc.d(8)).
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// Installs what a benchmark compares mesh with. None of it serves this machine, now or after its
+/// next start.
+pub(crate) fn install_peers(benchmark: &str) -> Result<()> {
+    if benchmark != "dns" || DNS_PEERS.iter().all(|tool| on_path(tool.program)) {
+        return Ok(());
+    }
+    let policy = Path::new(POLICY);
+    let own = !policy.exists();
+    if own {
+        fs::write(policy, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
+        fs::set_permissions(policy, fs::Permissions::from_mode(0o755))?;
+    }
+    let installed = install(DNS_PEERS);
+    if own {
+        fs::remove_file(policy).with_context(|| format!("remove {POLICY}"))?;
+    }
+    installed?;
+    if Path::new("/run/systemd/system").exists() {
+        visible(Command::new("systemctl").args(["disable", "--now", "--quiet", "unbound", "nsd"]))?;
+    }
+    Ok(())
+}
 
 /// Installs the packages of tools that are not on this machine; does nothing if all are.
 pub(crate) fn install(tools: &[Tool]) -> Result<()> {

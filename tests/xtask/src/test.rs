@@ -93,6 +93,7 @@ fn sum_up(parts: &[Part]) -> Result<()> {
 pub(crate) fn bench(name: &str, arguments: &[String]) -> Result<()> {
     require_root("a benchmark")?;
     setup::install(setup::ALL)?;
+    setup::install_peers(name)?;
     build_release()?;
     let run = ["run", "--release", "--quiet", "--workspace", "--bin", "mesh-bench", "--", name];
     visible(cargo(&run).args(arguments))
