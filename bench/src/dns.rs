@@ -61,13 +61,14 @@ pub(crate) fn run(options: &Dns) -> Result<()> {
         load.add(at, run.per_second / 1e3, &run);
         Ok(())
     })?;
-    let mut rows = vec![load.row("A of a service's name", "k queries/s", &servers)];
-    rows[0].verdicts.extend(Verdict::of(&rows[0].figures, MESH, UNBOUND, 1.1));
-    rows[0].verdicts.extend(Verdict::of(&rows[0].figures, MESH, NSD, 0.95));
+    let mut load = load.row("A of a service's name", "k queries/s", &servers);
+    load.verdicts.extend(Verdict::of(&load.figures, MESH, UNBOUND, 1.1));
+    load.verdicts.extend(Verdict::of(&load.figures, MESH, NSD, 0.95));
 
     // The same load for all, or a faster server would be measured under more.
     let unbound = servers.iter().position(|server| server.name == UNBOUND);
-    let half = unbound.map_or(0.0, |at| rows[0].figures[at].median * 1e3 / 2.0) as u64;
+    let half = unbound.map_or(0.0, |at| load.figures[at].median * 1e3 / 2.0) as u64;
+    let mut rows = vec![load];
     let (mut median, mut late) = (Measured::of(&servers), Measured::of(&servers));
     in_turns(&servers, options.rounds, |at, round| {
         let server = &servers[at];

@@ -16,6 +16,7 @@ mod fast;
 pub mod forward;
 pub mod handover;
 pub mod index;
+mod memory;
 mod names;
 pub mod netns;
 mod serve;

@@ -33,6 +33,7 @@ use crate::{
     control::{Request, Status},
     handover::{self, PER_FRAME, Sockets, SocketsOf},
     index::Index,
+    memory,
     netns::{self, TaskSockets},
     serve::{self, Loops, Open, Serving, Shared},
     snapshot::Snapshot,
@@ -121,11 +122,12 @@ fn load(path: &Path) -> Option<Snapshot> {
 
 /// Writes a file so that a reader finds the old or the new one, whole.
 fn save(path: &Path, snapshot: &Snapshot) -> io::Result<()> {
-    let bytes = serde_json::to_vec(snapshot).map_err(io::Error::other)?;
     let new = path.with_extension("new");
-    let mut file =
+    let file =
         fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
-    file.write_all(&bytes)?;
+    let mut file = io::BufWriter::new(file);
+    serde_json::to_writer(&mut file, snapshot)?;
+    file.flush()?;
     fs::rename(&new, path)
 }
 
@@ -139,6 +141,7 @@ struct Resolver {
     openings: mpsc::UnboundedReceiver<Opened>,
     state_file: PathBuf,
     unsaved: Option<(Instant, Arc<Snapshot>)>,
+    saving: JoinSet<()>,
 }
 
 /// What meshd is told.
@@ -215,6 +218,7 @@ impl Resolver {
             openings,
             state_file,
             unsaved: None,
+            saving: JoinSet::new(),
         })
     }
 
@@ -224,13 +228,15 @@ impl Resolver {
         let mut connections = JoinSet::new();
         loop {
             let retry = self.next_retry();
-            let save = self.unsaved.as_ref().map(|(when, _)| *when);
+            let save = self.unsaved.as_ref().filter(|_| self.saving.is_empty());
+            let save = save.map(|(when, _)| *when);
             let step = tokio::select! {
                 accepted = listener.accept() => Step::Connected(accepted.map(|(stream, _)| stream)),
                 Some(request) = asked.recv() => Step::Asked(request),
                 Some(opened) = self.openings.recv() => Step::Opened(opened),
                 () = at(retry) => Step::Retry,
                 () = at(save) => Step::Save,
+                Some(_) = self.saving.join_next() => continue,
                 _ = terminate.recv() => Step::End,
             };
             while connections.try_join_next().is_some() {}
@@ -261,6 +267,7 @@ impl Resolver {
                 // They came without descriptors, and so say nothing.
                 Step::Asked(Asked::Plain(Request::Sockets(_) | Request::Journal)) => {}
                 Step::Asked(Asked::Plain(Request::Shutdown)) => {
+                    while self.saving.join_next().await.is_some() {}
                     let _ = fs::remove_file(&self.state_file);
                     return Ok(());
                 }
@@ -268,7 +275,9 @@ impl Resolver {
                 Step::Retry => self.retry(),
                 Step::Save => self.save(),
                 Step::End => {
+                    while self.saving.join_next().await.is_some() {}
                     self.save();
+                    while self.saving.join_next().await.is_some() {}
                     return Ok(());
                 }
             }
@@ -376,12 +385,21 @@ impl Resolver {
         }
     }
 
+    /// Begins to save the last snapshot, beside everything else: a slow disk delays no answer.
     fn save(&mut self) {
         let Some((_, snapshot)) = self.unsaved.take() else { return };
-        if let Err(error) = save(&self.state_file, &snapshot) {
-            let path = self.state_file.display();
-            tracing::warn!(%path, %error, "cannot save the snapshot: a restart would serve an old one");
-        }
+        let path = self.state_file.clone();
+        self.saving.spawn_blocking(move || {
+            if let Err(error) = save(&path, &snapshot) {
+                let path = path.display();
+                tracing::warn!(
+                    %path, %error, "cannot save the snapshot: a restart would serve an old one"
+                );
+            }
+            drop(snapshot);
+            // Snapshots come and go whole, so that most of the heap is free again now.
+            memory::trim();
+        });
     }
 
     /// Tells meshd how it stands, if that changed.
