@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use mesh_dns::{
     control::{Request, Status},
     netns::{RESOLVER_ADDRESS, RESOLVER_PORT},
-    snapshot::{Snapshot, TaskView},
+    snapshot::{Policy, Snapshot, TaskView},
 };
 use mesh_types::{
     EndpointId, NetworkId, NodeNumber, Revision, ServiceId, TaskId, Vni,
@@ -260,8 +260,11 @@ fn snapshot(place: &Place, names: usize) -> Result<Snapshot> {
             netns: place.netns.0.clone(),
             networks: vec![network],
             forward: true,
+            servers: Vec::new(),
         }],
         upstreams: Vec::new(),
+        // One task asks all of it.
+        policy: Policy { rate_limit: 0, ..Policy::default() },
     })
 }
 

@@ -1,33 +1,33 @@
 //! One query, one decision.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hickory_proto::{
     op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record, RecordType,
-        rdata::{A, AAAA, PTR, SOA},
+        rdata::{A, AAAA, PTR, SOA, SRV},
     },
 };
 use mesh_types::TaskId;
 
 use crate::{
-    index::{Asker, Index, Lookup, Reverse},
+    index::{Asker, Index, Lookup, Reverse, Target},
     names::MAX_ADDRESSES,
+    reverse::{ARPA, ReverseName},
     wire::{HEADER_LEN, Key},
 };
 
-/// Seconds for which an answer about an internal name may be remembered, the answer that there is
-/// none included (RFC 2308 section 5).
-pub const TTL_SECONDS: u32 = 5;
 /// UDP without EDNS carries this much (RFC 1035 section 4.2.1).
 pub(crate) const UDP_BYTES: u16 = 512;
 /// UDP with EDNS carries no more than this, whatever is asked for: a small question gives no large
 /// answer, and what does not fit is asked for over TCP.
 pub(crate) const UDP_BYTES_MAX: u16 = 1232;
 
-/// What names of addresses end in.
-pub(crate) const ARPA: &[u8] = b"\x04arpa";
+/// What names of this host end in (RFC 6761 section 6.3).
+pub(crate) const LOCALHOST: &[u8] = b"\x09localhost";
+/// More SRV records than this are no use to anyone; with them an answer fits a TCP message.
+const MAX_TARGETS: usize = 256;
 
 /// How the query came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub fn answer(
     let [question] = message.queries.as_slice() else {
         return Decision::Reply(header.error(ResponseCode::FormErr));
     };
-    let reply = Reply { message: &message, question, transport, serial: index.revision().get() };
+    let reply = Reply { message: &message, question, transport, index };
     if message.edns.as_ref().is_some_and(|edns| edns.version() > 0) {
         return reply.empty(ResponseCode::BADVERS);
     }
@@ -85,6 +85,7 @@ pub fn answer(
     let asker = index.asker(task);
     match resolve(index, asker, question) {
         Found::Records(records) => reply.records(records, turn),
+        Found::Targets(targets) => reply.targets(targets, turn),
         Found::NoSuchName => reply.negative(ResponseCode::NXDomain),
         Found::Outside if asker.forward => Decision::Forward,
         Found::Outside => reply.empty(ResponseCode::Refused),
@@ -139,59 +140,71 @@ impl Header {
 
 enum Found {
     Records(Vec<RData>),
+    Targets(Vec<Target>),
     NoSuchName,
     Outside,
 }
 
 fn resolve(index: &Index, asker: &Asker, question: &Query) -> Found {
     let Some(key) = Key::from_labels(question.name.iter()) else { return Found::Outside };
-    if key.as_bytes().ends_with(ARPA) {
-        return resolve_reverse(index, asker, question);
+    let key = key.as_bytes();
+    if key.ends_with(ARPA) {
+        return resolve_reverse(index, asker, key, question.query_type);
     }
-    match index.lookup(asker, key.as_bytes()) {
-        Lookup::Addresses(records) => Found::Records(
-            records
-                .addresses()
-                .filter_map(|address| match (address, question.query_type) {
-                    (IpAddr::V4(v4), RecordType::A | RecordType::ANY) => Some(RData::A(A(v4))),
-                    (IpAddr::V6(v6), RecordType::AAAA | RecordType::ANY) => {
-                        Some(RData::AAAA(AAAA(v6)))
-                    }
-                    _ => None,
-                })
-                .collect(),
-        ),
+    if key.ends_with(LOCALHOST) {
+        let both = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        return Found::Records(addresses(both.into_iter(), question.query_type));
+    }
+    if matches!(question.query_type, RecordType::SRV | RecordType::ANY)
+        && let Some(targets) = index.targets(asker, key)
+    {
+        return Found::Targets(targets);
+    }
+    match index.lookup(asker, key) {
+        Lookup::Addresses(records) => {
+            Found::Records(addresses(records.addresses(), question.query_type))
+        }
         Lookup::NoSuchName => Found::NoSuchName,
         Lookup::Outside => Found::Outside,
     }
 }
 
-fn resolve_reverse(index: &Index, asker: &Asker, question: &Query) -> Found {
-    let Ok(net) = question.name.parse_arpa_name() else { return Found::Outside };
-    if net.prefix_len() < net.max_prefix_len() {
+/// Those of the addresses that a question of this type is about.
+fn addresses(all: impl Iterator<Item = IpAddr>, kind: RecordType) -> Vec<RData> {
+    let wanted = |address| match (address, kind) {
+        (IpAddr::V4(v4), RecordType::A | RecordType::ANY) => Some(RData::A(A(v4))),
+        (IpAddr::V6(v6), RecordType::AAAA | RecordType::ANY) => Some(RData::AAAA(AAAA(v6))),
+        _ => None,
+    };
+    all.filter_map(wanted).collect()
+}
+
+fn resolve_reverse(index: &Index, asker: &Asker, key: &[u8], kind: RecordType) -> Found {
+    let Some(of) = ReverseName::read(key) else { return Found::Outside };
+    if of.is_whole()
+        && let Reverse::Name(name) = index.reverse(asker, of.address)
+    {
+        let name = Name::from_ascii(format!("{name}."));
+        let records = name.ok().filter(|_| matches!(kind, RecordType::PTR | RecordType::ANY));
+        return Found::Records(records.map(|name| RData::PTR(PTR(name))).into_iter().collect());
+    }
+    if index.has_addresses(&of) {
         // A name above addresses of ours exists, and has no records.
-        let ours = index.is_internal_address(net.network());
-        return if ours { Found::Records(Vec::new()) } else { Found::Outside };
+        let is_above = !of.is_whole() && !of.is_below;
+        // What is above everybody's is not ours alone.
+        if is_above && !of.is_private() {
+            return Found::Outside;
+        }
+        return if is_above { Found::Records(Vec::new()) } else { Found::NoSuchName };
     }
-    match index.reverse(asker, net.addr()) {
-        Reverse::Name(name) => Found::Records(
-            Name::from_ascii(format!("{name}."))
-                .ok()
-                .filter(|_| matches!(question.query_type, RecordType::PTR | RecordType::ANY))
-                .map(|name| RData::PTR(PTR(name)))
-                .into_iter()
-                .collect(),
-        ),
-        Reverse::NoSuchName => Found::NoSuchName,
-        Reverse::Outside => Found::Outside,
-    }
+    if of.is_private() { Found::NoSuchName } else { Found::Outside }
 }
 
 struct Reply<'a> {
     message: &'a Message,
     question: &'a Query,
     transport: Transport,
-    serial: u64,
+    index: &'a Index,
 }
 
 impl Reply<'_> {
@@ -222,8 +235,31 @@ impl Reply<'_> {
         let name = &self.question.name;
         reply.answers = records
             .into_iter()
-            .map(|data| Record::from_rdata(name.clone(), TTL_SECONDS, data))
+            .map(|data| Record::from_rdata(name.clone(), self.index.ttl(), data))
             .collect();
+        self.finish(reply)
+    }
+
+    /// SRV records, and the addresses of their targets.
+    fn targets(&self, mut targets: Vec<Target>, turn: usize) -> Decision {
+        if targets.is_empty() {
+            return self.negative(ResponseCode::NoError);
+        }
+        let by = turn % targets.len();
+        targets.rotate_left(by);
+        targets.truncate(MAX_TARGETS);
+        let mut reply = self.start(ResponseCode::NoError);
+        reply.metadata.authoritative = true;
+        let ttl = self.index.ttl();
+        for Target { name, port, addresses: all } in targets {
+            let Ok(name) = Name::from_ascii(format!("{name}.")) else { continue };
+            // All alike: any of them is as good as another.
+            let data = RData::SRV(SRV::new(0, 0, port, name.clone()));
+            reply.answers.push(Record::from_rdata(self.question.name.clone(), ttl, data));
+            for data in addresses(all.into_iter(), RecordType::ANY) {
+                reply.additionals.push(Record::from_rdata(name.clone(), ttl, data));
+            }
+        }
         self.finish(reply)
     }
 
@@ -232,10 +268,11 @@ impl Reply<'_> {
         let mut reply = self.start(code);
         reply.metadata.authoritative = true;
         let zone = self.question.name.trim_to(1);
-        let ttl = TTL_SECONDS.cast_signed();
-        let serial = (self.serial & u64::from(u32::MAX)) as u32;
-        let soa = SOA::new(zone.clone(), zone.clone(), serial, ttl, ttl, ttl, TTL_SECONDS);
-        reply.authorities.push(Record::from_rdata(zone, TTL_SECONDS, RData::SOA(soa)));
+        let seconds = self.index.ttl();
+        let ttl = seconds.cast_signed();
+        let serial = (self.index.revision().get() & u64::from(u32::MAX)) as u32;
+        let soa = SOA::new(zone.clone(), zone.clone(), serial, ttl, ttl, ttl, seconds);
+        reply.authorities.push(Record::from_rdata(zone, seconds, RData::SOA(soa)));
         self.finish(reply)
     }
 
@@ -258,6 +295,11 @@ impl Reply<'_> {
         let Ok(whole) = reply.to_vec() else { return Decision::Drop };
         if whole.len() <= usize::from(limit) {
             return Decision::Reply(whole);
+        }
+        if !reply.additionals.is_empty() {
+            // They are a courtesy (RFC 2181 section 9).
+            reply.additionals.clear();
+            return self.finish(reply);
         }
         reply.metadata.truncation = true;
         let all = std::mem::take(&mut reply.answers);

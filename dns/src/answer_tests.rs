@@ -2,14 +2,14 @@
 
 use hickory_proto::{op::Message, rr::RData};
 use mesh_types::{
-    EndpointId, NetworkId, NodeNumber, Revision, ServiceId, TaskId, Vni,
+    EndpointId, NetworkId, NodeNumber, Protocol, Revision, ServiceId, TaskId, Vni,
     record::{EndpointRecord, EndpointState, NetworkRecord, ServiceRecord},
-    spec::EndpointMode,
+    spec::{EndpointMode, PortSpec},
 };
 use proptest::prelude::*;
 
 use super::*;
-use crate::snapshot::{Snapshot, TaskView};
+use crate::snapshot::{Policy, Snapshot, TaskView};
 
 fn network(n: u128, name: &str, subnet: &str) -> NetworkRecord {
     NetworkRecord {
@@ -95,15 +95,18 @@ pub(crate) fn snapshot() -> Snapshot {
                 netns: "/run/netns/none".into(),
                 networks: vec![NetworkId::from_bits(1), NetworkId::from_bits(2)],
                 forward: true,
+                servers: Vec::new(),
             },
             TaskView {
                 task: inmate(),
                 netns: "/run/netns/none".into(),
                 networks: vec![NetworkId::from_bits(3)],
                 forward: false,
+                servers: Vec::new(),
             },
         ],
         upstreams: Vec::new(),
+        policy: Policy::default(),
     }
 }
 
@@ -180,8 +183,11 @@ fn internal_names_that_do_not_exist_are_denied_here() {
     check_missing("tasks.secret.other.");
     check_missing("a.b.front.");
     check_missing("_http._tcp.web.");
+    check_missing("_http._tcp.secret.");
     check_missing("_http.front.");
     check_missing(&format!("web.9.{}.", TaskId::from_bits(9)));
+    check_missing("b._dns-sd._udp.0.0.0.10.in-addr.arpa.");
+    check_missing("1.168.192.in-addr.arpa.");
 }
 
 #[test]
@@ -194,7 +200,7 @@ fn the_rest_is_asked_outside() {
         "_http._tcp.example.test.",
         ".",
         "web\\.front.example.test.",
-        "1.0.0.127.in-addr.arpa.",
+        "8.8.8.8.in-addr.arpa.",
     ] {
         assert_eq!(decide(asker(), name, RecordType::A), Decision::Forward, "{name}");
     }
@@ -235,11 +241,133 @@ fn addresses_have_names() {
     let name = |address: &str| reply(pointer(address)).answers[0].data.to_string();
     assert_eq!(name("10.0.0.2"), "web.front.");
     assert_eq!(name("10.0.0.11"), format!("web.1.{}.front.", TaskId::from_bits(1)));
-    for address in ["10.0.0.99", "10.0.2.2"] {
+    // Ours without a name, and such as mean nothing outside: nobody else hears of them.
+    for address in ["10.0.0.99", "10.0.2.2", "10.9.9.9", "192.168.1.1", "127.0.0.1"] {
         let reply = reply(pointer(address));
         assert_eq!(reply.metadata.response_code, ResponseCode::NXDomain, "{address}");
     }
     assert_eq!(pointer("192.0.2.1"), Decision::Forward);
+}
+
+/// Service 11, `web`, publishes two ports.
+fn with_ports() -> Snapshot {
+    let mut all = snapshot();
+    let port = |target, protocol| PortSpec { protocol, target, published: 8000 };
+    let mut published = service(4, 11, "web", &[], None);
+    published.ports = vec![port(80, Protocol::Tcp), port(5000, Protocol::Udp)];
+    all.services.push(published);
+    all
+}
+
+#[test]
+fn ports_of_services_have_srv_records() {
+    let index = Index::new(&with_ports());
+    let ask = |name: &str, kind| {
+        let query = query(name, kind).to_vec().unwrap();
+        reply(answer(&index, asker(), &query, Transport::Udp, 0))
+    };
+    for name in [
+        "_80._tcp.web.",
+        "_HTTP._tcp.web.front.",
+        "_80._tcp.tasks.web.",
+        "_80._tcp.www.",
+        "_5000._udp.web.",
+    ] {
+        let reply = ask(name, RecordType::SRV);
+        let mut targets: Vec<_> = reply
+            .answers
+            .iter()
+            .map(|record| match &record.data {
+                RData::SRV(srv) => (srv.target.to_ascii(), srv.port),
+                other => panic!("{name}: {other:?}"),
+            })
+            .collect();
+        targets.sort();
+        let port = if name.contains("_udp") { 5000 } else { 80 };
+        let target = |n| (format!("web.{n}.{}.front.", TaskId::from_bits(n)), port);
+        assert_eq!(targets, [target(1), target(2)], "{name}: ready tasks alone");
+        let mut addresses: Vec<_> =
+            reply.additionals.iter().map(|record| record.data.to_string()).collect();
+        addresses.sort();
+        assert_eq!(addresses, ["10.0.0.11", "10.0.0.12"], "{name}");
+        assert_eq!(ask(name, RecordType::A).metadata.response_code, ResponseCode::NoError);
+    }
+    for name in ["_81._tcp.web.", "_80._udp.web.", "_80._tcp.api.", "_80._tcp.secret."] {
+        let reply = ask(name, RecordType::SRV);
+        assert_eq!(reply.metadata.response_code, ResponseCode::NXDomain, "{name}");
+    }
+}
+
+#[test]
+fn many_srv_records_are_cut_over_udp() {
+    let mut many = with_ports();
+    many.endpoints =
+        (1..=100).map(|n| endpoint(1, n, 11, "web.1", &format!("10.0.0.{n}"))).collect();
+    let index = Index::new(&many);
+    let query = query("_80._tcp.web.", RecordType::SRV).to_vec().unwrap();
+    let cut = reply(answer(&index, asker(), &query, Transport::Udp, 0));
+    assert!(cut.metadata.truncation && cut.additionals.is_empty() && !cut.answers.is_empty());
+    let whole = reply(answer(&index, asker(), &query, Transport::Tcp, 0));
+    assert_eq!((whole.answers.len(), whole.additionals.len()), (100, 100));
+}
+
+#[test]
+fn an_alias_with_a_star_is_all_names_below() {
+    let mut all = snapshot();
+    all.services[0].aliases.push("*.pages".to_owned());
+    all.services[2].aliases.push("own.pages".to_owned());
+    let index = Index::new(&all);
+    let ask = |name: &str| {
+        let query = query(name, RecordType::A).to_vec().unwrap();
+        let reply = reply(answer(&index, asker(), &query, Transport::Udp, 0));
+        reply.answers.iter().map(|record| record.data.to_string()).collect::<Vec<_>>()
+    };
+    for name in ["a.pages.", "A.b.Pages.", "a.pages.front.", "*.pages."] {
+        assert_eq!(ask(name), ["10.0.0.2"], "{name}");
+    }
+    assert_eq!(ask("own.pages."), ["10.0.0.3"]);
+    for name in ["pages.", "pages.front.", "a.pages.back.end."] {
+        assert!(ask(name).is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn this_host_is_this_host() {
+    for name in ["localhost.", "x.LocalHost."] {
+        let v4 = reply(decide(asker(), name, RecordType::A));
+        assert_eq!(v4.answers[0].data.to_string(), "127.0.0.1");
+        let v6 = reply(decide(asker(), name, RecordType::AAAA));
+        assert_eq!(v6.answers[0].data.to_string(), "::1");
+    }
+}
+
+#[test]
+fn the_ttl_is_the_operators() {
+    let mut other = snapshot();
+    other.policy.ttl = 77;
+    let index = Index::new(&other);
+    for (name, kind) in [
+        ("web.", RecordType::A),
+        ("web.", RecordType::ANY),
+        ("2.0.0.10.in-addr.arpa.", RecordType::PTR),
+    ] {
+        let query = query(name, kind).to_vec().unwrap();
+        let reply = reply(answer(&index, asker(), &query, Transport::Udp, 0));
+        assert_eq!(reply.answers[0].ttl, 77);
+    }
+    let query = query("nosuch.", RecordType::A).to_vec().unwrap();
+    let reply = reply(answer(&index, asker(), &query, Transport::Udp, 0));
+    let RData::SOA(soa) = &reply.authorities[0].data else { panic!() };
+    assert_eq!((reply.authorities[0].ttl, soa.minimum), (77, 77));
+}
+
+#[test]
+fn a_task_with_its_own_servers_asks_them_from_where_it_is() {
+    let mut own = snapshot();
+    own.tasks[1].servers = vec!["10.0.2.9".parse().unwrap()];
+    let query = query("example.test.", RecordType::A).to_vec().unwrap();
+    let decision = answer(&Index::new(&own), inmate(), &query, Transport::Udp, 0);
+    assert_eq!(decision, Decision::Forward);
 }
 
 #[test]

@@ -41,12 +41,34 @@ pub struct Status {
     pub revision: Revision,
     /// The tasks that it knows: `None` once their sockets are open, else why they are not (yet).
     pub tasks: BTreeMap<TaskId, Option<String>>,
+    /// What it has done so far.
+    pub counts: Counts,
+    /// Of each task that asked for more than its share: how many of its queries were dropped.
+    pub limited: BTreeMap<TaskId, u64>,
     /// Whether it knows [`Request::Sockets`].
     pub takes_sockets: bool,
     /// Whether it knows [`Request::Journal`].
     pub takes_journal: bool,
     /// Tasks whose sockets come with this frame: each once on a connection.
     pub sockets: Vec<SocketsOf>,
+}
+
+/// What became of queries, since the process began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counts {
+    /// All that came.
+    pub queries: u64,
+    /// Answered on the hot path.
+    pub fast: u64,
+    /// Asked of other servers.
+    pub forwarded: u64,
+    /// Answered from what other servers said before.
+    pub cached: u64,
+    /// Dropped since too many were under way to other servers.
+    pub crowded: u64,
+    /// Dropped since their task asked for more than its share.
+    pub limited: u64,
 }
 
 /// Writes one frame.

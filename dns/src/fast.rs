@@ -5,9 +5,10 @@
 //! against each other.
 
 use crate::{
-    answer::{ARPA, TTL_SECONDS, UDP_BYTES, UDP_BYTES_MAX},
+    answer::{LOCALHOST, UDP_BYTES, UDP_BYTES_MAX},
     index::{Asker, Index, Lookup},
     names::{A_LEN, AAAA_LEN, Records},
+    reverse::ARPA,
     wire::{
         CLASS_IN, HEADER_LEN, OPT_LEN, PlainQuery, TYPE_A, TYPE_AAAA, TYPE_OPT, TYPE_SOA, labels,
     },
@@ -36,7 +37,10 @@ pub(crate) fn answer(
 ) -> Option<usize> {
     let plain = PlainQuery::read(query)?;
     let key = plain.key.as_bytes();
-    if !matches!(plain.kind, TYPE_A | TYPE_AAAA) || key.is_empty() || key.ends_with(ARPA) {
+    if !matches!(plain.kind, TYPE_A | TYPE_AAAA) || key.is_empty() {
+        return None;
+    }
+    if key.ends_with(ARPA) || key.ends_with(LOCALHOST) {
         return None;
     }
     let mut reply = Reply { bytes: reply, len: 0 };
@@ -121,7 +125,7 @@ impl Reply<'_> {
     fn put_soa(&mut self, key: &[u8], index: &Index) -> Option<()> {
         let at = HEADER_LEN + labels(key).last()?.0;
         let zone = (0xc000 | at as u16).to_be_bytes();
-        let ttl = TTL_SECONDS.to_be_bytes();
+        let ttl = index.ttl().to_be_bytes();
         let serial = ((index.revision().get() & u64::from(u32::MAX)) as u32).to_be_bytes();
         self.put(&zone)?;
         self.put(&TYPE_SOA.to_be_bytes())?;

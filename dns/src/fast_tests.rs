@@ -50,6 +50,7 @@ fn index() -> Index {
         snapshot.endpoints.push(sample::endpoint(2, id, 16, "many", &format!("10.0.1.{n}")));
         snapshot.endpoints.push(sample::endpoint(2, 300 + id, 16, "many", &format!("fd00::{n}")));
     }
+    snapshot.services[0].aliases.push("*.pages".to_owned());
     Index::new(&snapshot)
 }
 
@@ -131,6 +132,9 @@ fn names() -> impl Strategy<Value = String> {
             "_a.",
             "web.1.",
             "front.",
+            "a.pages.",
+            "a.b.pages.front.",
+            "localhost.",
             "back.end.",
             "x.back.end.",
             "example.test.",

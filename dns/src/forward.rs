@@ -6,6 +6,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
     time::Duration,
 };
 
@@ -20,25 +21,27 @@ use tokio::{
     time::timeout,
 };
 
-use crate::answer::Transport;
+use crate::{answer::Transport, netns};
 
 /// How long one resolver is waited for.
 pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many of the node's resolvers are tried.
 pub const MAX_UPSTREAMS: usize = 3;
 
-/// Asks one resolver after the other. `None` if none gave an answer.
+/// Asks one resolver after the other, from the node's namespace or from another. `None` if none gave
+/// an answer.
 pub async fn forward(
     query: &[u8],
     upstreams: &[SocketAddr],
     transport: Transport,
+    from: Option<&Path>,
 ) -> Option<Vec<u8>> {
     let mut refusal = None;
     for upstream in upstreams.iter().take(MAX_UPSTREAMS) {
         let asked = async {
             match transport {
-                Transport::Udp => ask_udp(query, *upstream).await,
-                Transport::Tcp => ask_tcp(query, *upstream).await,
+                Transport::Udp => ask_udp(query, *upstream, from).await,
+                Transport::Tcp => ask_tcp(query, *upstream, from).await,
             }
         };
         match timeout(UPSTREAM_TIMEOUT, asked).await {
@@ -56,13 +59,19 @@ pub async fn forward(
 
 type Answer = (Vec<u8>, ResponseCode);
 
-async fn ask_udp(query: &[u8], upstream: SocketAddr) -> io::Result<Answer> {
-    let local: SocketAddr = match upstream {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+async fn ask_udp(query: &[u8], upstream: SocketAddr, from: Option<&Path>) -> io::Result<Answer> {
+    let socket = match from {
+        Some(netns) => UdpSocket::from_std(netns::connect_udp(netns.to_owned(), upstream).await?)?,
+        None => {
+            let local: SocketAddr = match upstream {
+                SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+                SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+            };
+            let socket = UdpSocket::bind(local).await?;
+            socket.connect(upstream).await?;
+            socket
+        }
     };
-    let socket = UdpSocket::bind(local).await?;
-    socket.connect(upstream).await?;
     let asked = Asked::new(query)?;
     socket.send(&asked.query).await?;
     let mut buffer = vec![0; 4096];
@@ -75,8 +84,15 @@ async fn ask_udp(query: &[u8], upstream: SocketAddr) -> io::Result<Answer> {
     }
 }
 
-async fn ask_tcp(query: &[u8], upstream: SocketAddr) -> io::Result<Answer> {
-    let mut stream = TcpStream::connect(upstream).await?;
+async fn ask_tcp(query: &[u8], upstream: SocketAddr, from: Option<&Path>) -> io::Result<Answer> {
+    let mut stream = match from {
+        Some(netns) => {
+            let within = UPSTREAM_TIMEOUT;
+            let stream = netns::connect_tcp(netns.to_owned(), upstream, within).await?;
+            TcpStream::from_std(stream)?
+        }
+        None => TcpStream::connect(upstream).await?,
+    };
     let asked = Asked::new(query)?;
     write_message(&mut stream, &asked.query).await?;
     loop {

@@ -12,6 +12,10 @@
 //! | `_…` labels before an internal name | does not exist | does not exist |
 //! | another name without a dot | does not exist | does not exist |
 //!
+//! `_PORT._tcp` and `_PORT._udp` before the name of a service are SRV records of its ready tasks, if it
+//! publishes that port of theirs; some ports have names (`_http`). An alias `*.x` has all the names
+//! under `x` that are not given otherwise.
+//!
 //! A name on several networks of a task is that of the first. Of a name's two meanings on one
 //! network a service's own name goes before an alias; an alias of several services has all their
 //! addresses.
@@ -23,14 +27,14 @@ use std::{
 
 use ipnetwork::IpNetwork;
 use mesh_types::{
-    NetworkId, Revision, ServiceId, TaskId,
+    NetworkId, Protocol, Revision, ServiceId, TaskId,
     record::{EndpointRecord, EndpointState, ServiceRecord, wide},
-    spec::EndpointMode,
+    spec::{EndpointMode, PortSpec},
 };
 
 use crate::{
-    answer::TTL_SECONDS,
     names::{NameIndex, Names, Records, ZoneIndex},
+    reverse::ReverseName,
     snapshot::{Snapshot, TaskView},
     wire::{Key, labels, text},
 };
@@ -63,6 +67,33 @@ struct Zone {
     /// Its name, as a [`Key`]; empty if it is none.
     name: Box<[u8]>,
     addresses: HashMap<IpAddr, NameIndex>,
+    /// Whether there are aliases that begin with `*`.
+    has_wildcards: bool,
+}
+
+/// What SRV records say of a service on a network.
+#[derive(Debug)]
+struct Offer {
+    ports: Box<[(Protocol, u16)]>,
+    /// The names of its ready tasks.
+    tasks: Box<[NameIndex]>,
+}
+
+/// One way to a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// A task's name, with its network.
+    pub(crate) name: String,
+    pub(crate) port: u16,
+    pub(crate) addresses: Vec<IpAddr>,
+}
+
+/// Where a name is.
+enum Place {
+    Name(ZoneIndex, NameIndex),
+    /// It would be in a network of the task, and is not.
+    Missing,
+    Unknown,
 }
 
 /// What a task can see.
@@ -84,6 +115,8 @@ pub struct Index {
     stranger: Asker,
     /// Subnets by their first address: they do not overlap.
     subnets: BTreeMap<[u8; 16], (IpNetwork, ZoneIndex)>,
+    offers: HashMap<NameIndex, Offer>,
+    ttl: u32,
 }
 
 impl Default for Index {
@@ -102,13 +135,18 @@ impl Index {
         for (network, number) in snapshot.networks.iter().zip(0..) {
             let name = Key::from_text(&network.name);
             let name = name.as_ref().map_or(&[][..], Key::as_bytes).into();
-            zones.push(Zone { name, addresses: HashMap::new() });
+            zones.push(Zone { name, addresses: HashMap::new(), has_wildcards: false });
             numbers.insert(network.id, number);
             subnets.insert(wide(network.subnet.network()), (network.subnet, number));
         }
-        let names =
-            Builder { names: Names::new(TTL_SECONDS), zones: &mut zones, numbers: &numbers }
-                .build(snapshot);
+        let ttl = snapshot.policy.ttl;
+        let builder = Builder {
+            names: Names::new(ttl),
+            zones: &mut zones,
+            numbers: &numbers,
+            offers: HashMap::new(),
+        };
+        let (names, offers) = builder.build(snapshot);
         let asker = |view: &TaskView| Asker {
             zones: view
                 .networks
@@ -116,17 +154,28 @@ impl Index {
                 .filter_map(|network| numbers.get(network))
                 .copied()
                 .collect(),
-            forward: view.forward,
+            // Its own servers are asked from where it is.
+            forward: view.forward || !view.servers.is_empty(),
         };
         let askers = snapshot.tasks.iter().map(|view| (view.task, asker(view))).collect();
         let (revision, stranger) = (snapshot.revision, Asker::default());
-        Self { revision, names, zones, askers, stranger, subnets }
+        Self { revision, names, zones, askers, stranger, subnets, offers, ttl }
     }
 
     /// How far the records are.
     #[must_use]
     pub fn revision(&self) -> Revision {
         self.revision
+    }
+
+    /// Whether this is a task of the node.
+    pub(crate) fn knows(&self, task: TaskId) -> bool {
+        self.askers.contains_key(&task)
+    }
+
+    /// How long an answer may be remembered, in seconds.
+    pub(crate) fn ttl(&self) -> u32 {
+        self.ttl
     }
 
     /// What a task can see.
@@ -136,19 +185,14 @@ impl Index {
 
     /// Looks a name up for a task.
     pub(crate) fn lookup(&self, asker: &Asker, key: &[u8]) -> Lookup<'_> {
-        for zone in &asker.zones {
-            if let Some(records) = self.names.find(*zone, key) {
-                return Lookup::Addresses(records);
+        match self.place(asker, key) {
+            Place::Name(_, name) => return Lookup::Addresses(self.names.records(name)),
+            // The name of an SRV record exists, and has no address.
+            Place::Missing | Place::Unknown if self.offer(asker, key).is_some() => {
+                return Lookup::Addresses(Records::default());
             }
-        }
-        // Longest suffix first: names of networks may have dots.
-        for (at, _) in labels(key).skip(1) {
-            let (host, suffix) = key.split_at(at);
-            let named = |zone: &&ZoneIndex| self.zone_name(**zone) == suffix;
-            if let Some(zone) = asker.zones.iter().find(named) {
-                let found = self.names.find(*zone, host);
-                return found.map_or(Lookup::NoSuchName, Lookup::Addresses);
-            }
+            Place::Missing => return Lookup::NoSuchName,
+            Place::Unknown => {}
         }
         // SRV and the like: the attributes of an internal name are as internal as the name.
         if let Some(host) = host_of_attribute(key) {
@@ -163,12 +207,70 @@ impl Index {
         Lookup::Outside
     }
 
+    fn place(&self, asker: &Asker, key: &[u8]) -> Place {
+        for zone in &asker.zones {
+            if let Some(name) = self.find(*zone, key) {
+                return Place::Name(*zone, name);
+            }
+        }
+        // Longest suffix first: names of networks may have dots.
+        for (at, _) in labels(key).skip(1) {
+            let (host, suffix) = key.split_at(at);
+            let named = |zone: &&ZoneIndex| self.zone_name(**zone) == suffix;
+            if let Some(zone) = asker.zones.iter().find(named) {
+                let found = self.find(*zone, host);
+                return found.map_or(Place::Missing, |name| Place::Name(*zone, name));
+            }
+        }
+        Place::Unknown
+    }
+
+    /// A name in a network: its own, else that of the closest wildcard above it (RFC 4592).
+    fn find(&self, zone: ZoneIndex, key: &[u8]) -> Option<NameIndex> {
+        let own = self.names.find(zone, key);
+        if own.is_some() || !self.zones.get(zone as usize)?.has_wildcards {
+            return own;
+        }
+        labels(key).skip(1).find_map(|(at, _)| {
+            let above = labels(&key[at..]).map(|(_, label)| label);
+            let wildcard = Key::from_labels(std::iter::once(&b"*"[..]).chain(above))?;
+            self.names.find(zone, wildcard.as_bytes())
+        })
+    }
+
+    /// The ways to the service and port that an SRV name is about. `None`: there is no such name.
+    pub(crate) fn targets(&self, asker: &Asker, key: &[u8]) -> Option<Vec<Target>> {
+        let (zone, port, offer) = self.offer(asker, key)?;
+        let targets = offer.tasks.iter().map(|task| Target {
+            name: text(&[self.names.key(*task), self.zone_name(zone)].concat()),
+            port,
+            addresses: self.names.records(*task).addresses().collect(),
+        });
+        Some(targets.collect())
+    }
+
+    fn offer(&self, asker: &Asker, key: &[u8]) -> Option<(ZoneIndex, u16, &Offer)> {
+        let mut parts = labels(key);
+        let (_, port) = parts.next()?;
+        let (_, protocol) = parts.next()?;
+        let (host_at, _) = parts.next()?;
+        let protocol = match protocol {
+            b"_tcp" => Protocol::Tcp,
+            b"_udp" => Protocol::Udp,
+            _ => return None,
+        };
+        let port = port_of(port.strip_prefix(b"_")?)?;
+        let Place::Name(zone, name) = self.place(asker, &key[host_at..]) else { return None };
+        let offer = self.offers.get(&name)?;
+        offer.ports.contains(&(protocol, port)).then_some((zone, port, offer))
+    }
+
     /// Whether some network has this name, without or with its own behind it.
     fn is_name_of_others(&self, key: &[u8]) -> bool {
         self.zones.iter().zip(0..).any(|(zone, number)| {
             let host = key.strip_suffix(&*zone.name).filter(|_| !zone.name.is_empty());
-            self.names.find(number, key).is_some()
-                || host.is_some_and(|host| self.names.find(number, host).is_some())
+            self.find(number, key).is_some()
+                || host.is_some_and(|host| self.find(number, host).is_some())
         })
     }
 
@@ -188,10 +290,9 @@ impl Index {
         Reverse::Name(text(&[self.names.key(*name), &zone.name].concat()))
     }
 
-    /// Whether an address belongs to a subnet of the cluster.
-    #[must_use]
-    pub fn is_internal_address(&self, address: IpAddr) -> bool {
-        self.zone_of(address).is_some()
+    /// Whether some of the addresses of a name are in a subnet of the cluster.
+    pub(crate) fn has_addresses(&self, of: &ReverseName) -> bool {
+        self.subnets.values().any(|(subnet, _)| of.overlaps(subnet))
     }
 
     fn zone_of(&self, address: IpAddr) -> Option<ZoneIndex> {
@@ -207,6 +308,23 @@ fn host_of_attribute(key: &[u8]) -> Option<&[u8]> {
         return None;
     }
     labels(key).find(|label| !is_attribute(label)).map(|(at, _)| &key[at..])
+}
+
+/// A port as SRV names have it: its number, or a name that is known everywhere.
+fn port_of(label: &[u8]) -> Option<u16> {
+    let port = match label {
+        b"http" => 80,
+        b"https" => 443,
+        b"domain" => 53,
+        b"ldap" => 389,
+        b"mqtt" => 1883,
+        b"mysql" => 3306,
+        b"postgresql" => 5432,
+        b"amqp" => 5672,
+        b"redis" => 6379,
+        _ => return std::str::from_utf8(label).ok()?.parse().ok(),
+    };
+    Some(port)
 }
 
 /// Names that only mesh makes: single labels, `tasks.x` (two labels: `tasks.example.com` is
@@ -225,13 +343,14 @@ struct Builder<'a> {
     names: Names,
     zones: &'a mut [Zone],
     numbers: &'a HashMap<NetworkId, ZoneIndex>,
+    offers: HashMap<NameIndex, Offer>,
 }
 
 /// The addresses of the ready tasks of each service on each network.
 type Backends = HashMap<(NetworkId, ServiceId), Vec<IpAddr>>;
 
 impl Builder<'_> {
-    fn build(mut self, snapshot: &Snapshot) -> Names {
+    fn build(mut self, snapshot: &Snapshot) -> (Names, HashMap<NameIndex, Offer>) {
         let mut backends = Backends::new();
         for endpoint in &snapshot.endpoints {
             if endpoint.state == EndpointState::Ready {
@@ -256,11 +375,46 @@ impl Builder<'_> {
         for ((network, alias), services) in aliases {
             self.add_alias(network, &alias, &services, &backends);
         }
+        let mut tasks: HashMap<(NetworkId, ServiceId), Vec<NameIndex>> = HashMap::new();
         for endpoint in &snapshot.endpoints {
-            self.add_task(endpoint);
+            let name = self.add_task(endpoint);
+            if endpoint.state == EndpointState::Ready {
+                tasks.entry((endpoint.network, endpoint.service)).or_default().extend(name);
+            }
         }
+        self.add_offers(snapshot, &tasks);
         self.names.shrink();
-        self.names
+        (self.names, self.offers)
+    }
+
+    /// The ports of a service are in its record of the ingress network alone.
+    fn add_offers(
+        &mut self,
+        snapshot: &Snapshot,
+        tasks: &HashMap<(NetworkId, ServiceId), Vec<NameIndex>>,
+    ) {
+        let published = snapshot.services.iter().filter(|service| !service.ports.is_empty());
+        let ports: HashMap<ServiceId, &[PortSpec]> =
+            published.map(|service| (service.id, &service.ports[..])).collect();
+        for service in &snapshot.services {
+            let (Some(ports), Some(&zone)) =
+                (ports.get(&service.id), self.numbers.get(&service.network))
+            else {
+                continue;
+            };
+            let own = [service.name.clone(), format!("tasks.{}", service.name)];
+            for name in own.iter().chain(&service.aliases) {
+                let name = Key::from_text(name);
+                let name = name.and_then(|name| self.names.find(zone, name.as_bytes()));
+                let ports = ports.iter().map(|port| (port.protocol, port.target)).collect();
+                let tasks = tasks.get(&(service.network, service.id));
+                let tasks = tasks.map_or(&[][..], Vec::as_slice).into();
+                // Of services that share an alias the first is found.
+                if let Some(name) = name {
+                    self.offers.entry(name).or_insert(Offer { ports, tasks });
+                }
+            }
+        }
     }
 
     fn add_service(&mut self, service: &ServiceRecord, backends: &Backends) {
@@ -291,6 +445,11 @@ impl Builder<'_> {
             EndpointMode::Vip => service.vip.into_iter().collect(),
             EndpointMode::Dnsrr => tasks(service),
         };
+        if alias.starts_with("*.")
+            && let Some(zone) = self.zones.get_mut(zone as usize)
+        {
+            zone.has_wildcards = true;
+        }
         let all = [
             (format!("tasks.{alias}"), merged(services.iter().flat_map(tasks))),
             (alias.to_owned(), merged(services.iter().flat_map(addresses))),
@@ -302,14 +461,16 @@ impl Builder<'_> {
         }
     }
 
-    fn add_task(&mut self, endpoint: &EndpointRecord) {
-        let Some(&zone) = self.numbers.get(&endpoint.network) else { return };
-        let Some(set) = self.names.add_set([endpoint.address]) else { return };
-        if let Some(name) = self.name(zone, &endpoint.task_name, set) {
+    fn add_task(&mut self, endpoint: &EndpointRecord) -> Option<NameIndex> {
+        let &zone = self.numbers.get(&endpoint.network)?;
+        let set = self.names.add_set([endpoint.address])?;
+        let name = self.name(zone, &endpoint.task_name, set);
+        if let Some(name) = name {
             self.address(zone, endpoint.address, name);
         }
         self.name(zone, &endpoint.task.to_string(), set);
         self.name(zone, &endpoint.task.short(), set);
+        name
     }
 
     fn name(&mut self, zone: ZoneIndex, name: &str, set: u32) -> Option<NameIndex> {

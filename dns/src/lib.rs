@@ -11,6 +11,7 @@
 
 pub mod answer;
 mod batch;
+mod cache;
 pub mod control;
 mod fast;
 pub mod forward;
@@ -19,6 +20,7 @@ pub mod index;
 mod memory;
 mod names;
 pub mod netns;
+mod reverse;
 mod serve;
 pub mod server;
 pub mod snapshot;

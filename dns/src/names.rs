@@ -118,7 +118,7 @@ impl Names {
 
     /// Names a set, unless its zone has the name already.
     pub(crate) fn add(&mut self, zone: ZoneIndex, key: &[u8], set: u32) -> Option<NameIndex> {
-        if self.index(zone, key).is_some() {
+        if self.find(zone, key).is_some() {
             return None;
         }
         let number = u32::try_from(self.entries.len()).ok()?;
@@ -135,17 +135,19 @@ impl Names {
     }
 
     /// Finds a name.
-    pub(crate) fn index(&self, zone: ZoneIndex, key: &[u8]) -> Option<NameIndex> {
+    pub(crate) fn find(&self, zone: ZoneIndex, key: &[u8]) -> Option<NameIndex> {
         let hash = self.hasher.hash_one((zone, key));
         let same = |index: &NameIndex| name(&self.entries, &self.keys, *index) == (zone, key);
         self.table.find(hash, same).copied()
     }
 
     /// The addresses of a name.
-    pub(crate) fn find(&self, zone: ZoneIndex, key: &[u8]) -> Option<Records<'_>> {
-        let entry = self.entries.get(self.index(zone, key)? as usize)?;
-        let Set { a, aaaa } = *self.sets.get(entry.set as usize)?;
-        Some(Records { a: part(&self.a, a, A_LEN), aaaa: part(&self.aaaa, aaaa, AAAA_LEN) })
+    pub(crate) fn records(&self, name: NameIndex) -> Records<'_> {
+        let set = self.entries.get(name as usize).and_then(|e| self.sets.get(e.set as usize));
+        set.map_or(Records::default(), |Set { a, aaaa }| Records {
+            a: part(&self.a, *a, A_LEN),
+            aaaa: part(&self.aaaa, *aaaa, AAAA_LEN),
+        })
     }
 
     /// The key of a name.

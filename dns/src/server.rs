@@ -26,7 +26,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task::{JoinSet, spawn_blocking},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep, sleep_until},
 };
 
 use crate::{
@@ -41,6 +41,8 @@ use crate::{
 
 /// How soon sockets that could not be opened are tried again.
 pub(crate) const RETRY: Duration = Duration::from_millis(100);
+/// How often meshd is told what was counted.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
 /// Snapshots are saved no more often than this.
 const SAVE_EVERY: Duration = Duration::from_millis(500);
 
@@ -188,6 +190,7 @@ enum Step {
     Opened(Opened),
     Retry,
     Save,
+    Count,
     End,
 }
 
@@ -226,6 +229,8 @@ impl Resolver {
         let mut terminate = signal(SignalKind::terminate())?;
         let (ask, mut asked) = mpsc::channel(1);
         let mut connections = JoinSet::new();
+        let mut count = interval(COUNT_EVERY);
+        count.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let retry = self.next_retry();
             let save = self.unsaved.as_ref().filter(|_| self.saving.is_empty());
@@ -237,6 +242,7 @@ impl Resolver {
                 () = at(retry) => Step::Retry,
                 () = at(save) => Step::Save,
                 Some(_) = self.saving.join_next() => continue,
+                _ = count.tick() => Step::Count,
                 _ = terminate.recv() => Step::End,
             };
             while connections.try_join_next().is_some() {}
@@ -274,6 +280,7 @@ impl Resolver {
                 Step::Opened(opened) => self.handle_opened(opened),
                 Step::Retry => self.retry(),
                 Step::Save => self.save(),
+                Step::Count => self.report(),
                 Step::End => {
                     while self.saving.join_next().await.is_some() {}
                     self.save();
@@ -290,10 +297,17 @@ impl Resolver {
         let built = Arc::clone(&snapshot);
         let Ok(index) = spawn_blocking(move || Index::new(&built)).await else { return };
         // A resolver that asks itself never answers.
-        let own = |upstream: &&SocketAddr| upstream.ip() == netns::RESOLVER_ADDRESS;
-        let upstreams =
-            snapshot.upstreams.iter().filter(|upstream| !own(upstream)).copied().collect();
-        self.shared.serve(Serving { index, upstreams });
+        let not_itself = |server: &&SocketAddr| server.ip() != netns::RESOLVER_ADDRESS;
+        let upstreams = snapshot.upstreams.iter().filter(not_itself).copied().collect();
+        let own_servers = snapshot.tasks.iter().filter(|view| !view.servers.is_empty());
+        let own_servers = own_servers.map(|view| {
+            let servers: Vec<_> = view.servers.iter().map(|ip| (*ip, 53).into()).collect();
+            let servers = servers.iter().filter(not_itself).copied().collect();
+            (view.task, (view.netns.clone(), servers))
+        });
+        let own_servers = own_servers.collect();
+        let rate_limit = snapshot.policy.rate_limit;
+        self.shared.serve(Serving { index, upstreams, own_servers, rate_limit });
 
         let wanted: HashMap<TaskId, PathBuf> =
             snapshot.tasks.iter().map(|view| (view.task, view.netns.clone())).collect();
@@ -423,9 +437,14 @@ impl Resolver {
                 Opening::UnderWay | Opening::Failed { .. } => None,
             })
             .collect();
+        let (counts, limited) = self.shared.counts();
         self.told.send_if_modified(|told| {
             let status = &mut told.status;
-            let changed = status.revision != revision || status.tasks != tasks;
+            let changed = status.revision != revision
+                || status.tasks != tasks
+                || (status.counts, &status.limited) != (counts, &limited);
+            status.counts = counts;
+            status.limited = limited;
             status.revision = revision;
             status.tasks = tasks;
             told.sockets = sockets;

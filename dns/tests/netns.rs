@@ -23,7 +23,7 @@ use mesh_dns::{
     control::{Request, Status, read_frame, write_frame},
     handover::{self, Sockets, SocketsOf},
     server::{RunConfig, serve},
-    snapshot::{Snapshot, TaskView},
+    snapshot::{Policy, Snapshot, TaskView},
 };
 use mesh_types::{
     EndpointId, NetworkId, NodeNumber, Revision, ServiceId, TaskId, Vni,
@@ -149,6 +149,7 @@ fn task(n: u128, netns: &str) -> TaskView {
         netns: Path::new("/run/netns").join(netns),
         networks: vec![NetworkId::from_bits(1)],
         forward: true,
+        servers: Vec::new(),
     }
 }
 
@@ -191,6 +192,7 @@ fn snapshot(replicas: u8, tasks: Vec<TaskView>) -> Snapshot {
         tasks,
         // The first does not answer.
         upstreams: vec!["192.0.2.2:54".parse().unwrap(), "192.0.2.2:53".parse().unwrap()],
+        policy: Policy::default(),
     }
 }
 

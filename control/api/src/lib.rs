@@ -31,7 +31,7 @@ pub use node::{
 };
 pub use own::{Counter, ExecRequest, Frame, FrameError, FrameKind, NodeStats, Status, StatusNode};
 pub use service::{
-    ContainerSpec, Endpoint, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
+    ContainerSpec, DnsConfig, Endpoint, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
     ReplicatedMode, RestartPolicy, Service, ServiceCreated, ServiceMode, ServiceSpec,
     ServiceStatus, TaskTemplate, UpdateConfig, UpdateStatus, VirtualIp,
 };

@@ -208,6 +208,23 @@ pub struct ContainerSpec {
     /// Nanoseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_grace_period: Option<u64>,
+    #[serde(rename = "DNSConfig", skip_serializing_if = "Option::is_none")]
+    pub dns_config: Option<DnsConfig>,
+}
+
+/// How tasks find names.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DnsConfig {
+    /// Servers that are asked for names outside the cluster.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nameservers: Vec<String>,
+    /// Domains in which a name is looked for that is not found as it is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub search: Vec<String>,
+    /// Options of resolv.conf(5), like `ndots:2`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub options: Vec<String>,
 }
 
 /// What happens when a task ends. Durations in nanoseconds.

@@ -6,7 +6,7 @@
 //! from the resolver that it finds. So is the journal of what a resolver was about to answer.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
     os::unix::fs::OpenOptionsExt as _,
@@ -18,7 +18,7 @@ use std::{
 
 use clap::Args;
 use mesh_dns::{
-    control::{Request, Status, write_frame},
+    control::{Counts, Request, Status, write_frame},
     handover::{self, PER_FRAME, Sockets, SocketsOf},
     server::RunConfig,
     snapshot::Snapshot,
@@ -147,6 +147,22 @@ impl Resolver {
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Option<Status>> {
         self.status.clone()
+    }
+
+    /// What became of the tasks' queries since the process began: names, numbers, and whether these
+    /// were dropped. Zeros while it is not connected.
+    #[must_use]
+    pub fn counters(&self) -> [(&'static str, u64, bool); 6] {
+        let Counts { queries, fast, forwarded, cached, crowded, limited } =
+            self.status.borrow().as_ref().map_or_else(Counts::default, |status| status.counts);
+        [
+            ("dns_queries", queries, false),
+            ("dns_answered_fast", fast, false),
+            ("dns_forwarded", forwarded, false),
+            ("dns_answered_from_cache", cached, false),
+            ("dns_too_many_forwarded", crowded, true),
+            ("dns_rate_limited", limited, true),
+        ]
     }
 
     /// Waits until the task's sockets are open. The task must be in a snapshot that was pushed.
@@ -341,6 +357,8 @@ impl Supervisor {
         };
         let publish = &self.publish;
         let listen = async {
+            // Once for each task is enough; the counters have the rest.
+            let mut said = BTreeSet::new();
             loop {
                 let (mut status, fds) = match handover::receive::<Status>(&mut reader).await {
                     Ok(Some(told)) => told,
@@ -358,6 +376,13 @@ impl Supervisor {
                     Err(error) => return Ended::Lost(error),
                 }
                 greeted.send_replace(Some((status.takes_sockets, status.takes_journal)));
+                for (task, dropped) in &status.limited {
+                    if said.insert(*task) {
+                        tracing::warn!(
+                            %task, dropped, "asks for names faster than --dns-rate-limit allows"
+                        );
+                    }
+                }
                 publish.send_replace(Some(status));
             }
         };
@@ -390,7 +415,7 @@ async fn hand_over(writer: &mut OwnedWriteHalf, kept: &Mutex<Kept>) -> io::Resul
 mod tests {
     use std::{net::Ipv4Addr, os::unix::fs::PermissionsExt as _, process};
 
-    use mesh_dns::snapshot::TaskView;
+    use mesh_dns::snapshot::{Policy, TaskView};
     use mesh_types::NetworkId;
     use nix::{
         sys::signal::{Signal, kill},
@@ -450,8 +475,10 @@ mod tests {
                 netns: Path::new("/run/netns").join(NETNS),
                 networks: vec![NetworkId::from_bits(1)],
                 forward: true,
+                servers: Vec::new(),
             }],
             upstreams: vec![(Ipv4Addr::LOCALHOST, 53).into()],
+            policy: Policy::default(),
             ..Snapshot::default()
         }
     }

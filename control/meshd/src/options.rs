@@ -49,6 +49,24 @@ pub struct Options {
         value_name = "N"
     )]
     pub conntrack_entries: u32,
+    /// Seconds for which tasks may remember what a name of the cluster stands for. More spares
+    /// look-ups, and is how long they may go on asking for a task that is gone.
+    #[arg(
+        long,
+        env = "MESH_DNS_TTL",
+        default_value_t = mesh_dns::snapshot::TTL_DEFAULT,
+        value_parser = clap::value_parser!(u32).range(0..=86_400),
+        value_name = "SECONDS"
+    )]
+    pub dns_ttl: u32,
+    /// How many DNS queries a second one task gets answers to over UDP; 0: no limit.
+    #[arg(
+        long,
+        env = "MESH_DNS_RATE_LIMIT",
+        default_value_t = mesh_dns::snapshot::RATE_LIMIT_DEFAULT,
+        value_name = "N"
+    )]
+    pub dns_rate_limit: u32,
     /// For tests of slow nodes: the kernel hears of every change this many milliseconds late.
     #[arg(long, hide = true, default_value_t = 0, value_name = "MS")]
     pub fault_apply_late: u64,

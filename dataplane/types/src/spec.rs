@@ -137,6 +137,20 @@ pub struct TaskSpec {
     pub constraints: Vec<Constraint>,
     /// Raised by `--force` to replace tasks whose spec is otherwise the same.
     pub force_update: u64,
+    /// How it finds names.
+    #[serde(default)]
+    pub dns: DnsSpec,
+}
+
+/// How a task finds names.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DnsSpec {
+    /// Servers for names outside the cluster, instead of the node's.
+    pub servers: Vec<IpAddr>,
+    /// Domains in which a name is looked for that is not found as it is.
+    pub search: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub options: Vec<String>,
 }
 
 /// How the tasks of a service are replaced, one batch after the other.

@@ -1,12 +1,13 @@
 //! `meshctl service create`.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use mesh_api::{
-    ContainerSpec, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port, ReplicatedMode,
-    RestartPolicy, ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
+    ReplicatedMode, RestartPolicy, ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate,
+    UpdateConfig,
 };
 
 use super::{WaitArgs, duration, labels, policy::PolicyArgs, progress, publish};
@@ -116,6 +117,15 @@ pub(crate) struct CreateArgs {
     /// How its name resolves
     #[arg(long, value_enum, default_value = "vip")]
     endpoint_mode: EndpointMode,
+    /// A server for names outside the cluster, instead of the node's (may be repeated)
+    #[arg(long, value_name = "IP")]
+    dns: Vec<IpAddr>,
+    /// A domain in which names are looked for that are not found as they are (may be repeated)
+    #[arg(long, value_name = "DOMAIN")]
+    dns_search: Vec<String>,
+    /// An option of resolv.conf, like ndots:2 (may be repeated)
+    #[arg(long, value_name = "OPTION")]
+    dns_option: Vec<String>,
     /// Run it only on nodes where this holds, like node.labels.zone==a (may be repeated)
     #[arg(long, value_name = "CONSTRAINT")]
     constraint: Vec<String>,
@@ -193,6 +203,7 @@ fn spec(
                 dir: args.workdir,
                 stop_signal: args.stop_signal,
                 stop_grace_period: args.stop_grace_period,
+                dns_config: dns_config(&args.dns, args.dns_search, args.dns_option),
             }),
             restart_policy: restart_policy(
                 args.restart_condition,
@@ -214,6 +225,12 @@ fn spec(
             ports: args.publish.into_iter().flatten().collect(),
         }),
     })
+}
+
+fn dns_config(servers: &[IpAddr], search: Vec<String>, options: Vec<String>) -> Option<DnsConfig> {
+    let nameservers = servers.iter().map(ToString::to_string).collect();
+    let config = DnsConfig { nameservers, search, options };
+    (config != DnsConfig::default()).then_some(config)
 }
 
 /// One task at a time is made plain: to other clients a policy that does not say it means all.

@@ -7,6 +7,7 @@
 
 mod core;
 mod report;
+mod resolv;
 mod restarts;
 mod sockets;
 
@@ -459,7 +460,7 @@ fn context(config: &AgentConfig, task: &TaskAssignment) -> TaskContext {
     TaskContext {
         hosts,
         hostname,
-        resolv_conf: config.resolv_conf.clone(),
+        resolv_conf: resolv::resolv_conf(&config.resolv_conf, &task.spec.dns),
         env: vec![
             format!("MESH_TASK={}", task.name),
             format!("MESH_TASK_ID={}", task.id),

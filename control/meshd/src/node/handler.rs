@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     agent::AgentHandle,
+    dns_process::Resolver,
     gossip::{Answers, Unanswered},
     pki::{self, Root, Subject},
     rpc::{
@@ -59,6 +60,8 @@ pub(crate) struct Handler {
     pub(crate) agent: OnceLock<AgentHandle>,
     /// For the counters.
     pub(crate) dataplane: OnceLock<dataplane::Handle>,
+    /// For its counters.
+    pub(crate) resolver: OnceLock<Arc<Resolver>>,
     /// Compares notes with others.
     pub(crate) gossip: OnceLock<Answers>,
     /// Who is a manager, as this node was told.
@@ -99,7 +102,7 @@ impl Handler {
         Err(denied(format!("node {caller} is no manager that this node knows of")))
     }
 
-    /// The counters of the data plane and of gossip.
+    /// The counters of the data plane, of gossip and of the resolver.
     pub(crate) async fn counters(&self) -> Result<Vec<CounterValue>, RpcError> {
         let starting = || unavailable("the node is still starting");
         let dataplane = self.dataplane.get().ok_or_else(starting)?;
@@ -110,6 +113,14 @@ impl Handler {
             value,
             is_drop: false,
         }));
+        let resolver = self.resolver.get().map(|resolver| resolver.counters());
+        counters.extend(
+            resolver.into_iter().flatten().map(|(name, value, is_drop)| CounterValue {
+                name: name.to_owned(),
+                value,
+                is_drop,
+            }),
+        );
         Ok(counters)
     }
 

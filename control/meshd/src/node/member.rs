@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
 use mesh_control::model::{NodeDescription, Role};
+use mesh_dns::snapshot::Policy;
 use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
 use mesh_gossip::{Expected, GossipKey, Keyring, Member as Peer, Timings, probe::Limits};
 use mesh_raft::{Raft, RaftConfig};
@@ -189,11 +190,13 @@ impl Member {
             &std::env::current_exe().context("finding meshd's own executable")?,
             &options.state_dir.join("dns"),
         )?);
+        let _ = handler.resolver.set(Arc::clone(&resolver));
         let plumbing = Arc::new(Plumbing::new(
             watched.clone(),
             dataplane.clone(),
             Arc::clone(&resolver),
             upstreams(),
+            Policy { ttl: options.dns_ttl, rate_limit: options.dns_rate_limit },
         ));
         let agent = start_agent(options, engine, Arc::clone(&plumbing)).await?;
         let found = agent.snapshot();

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use async_trait::async_trait;
-use mesh_dns::snapshot::{Snapshot, TaskView};
+use mesh_dns::snapshot::{Policy, Snapshot, TaskView};
 use mesh_types::{
     NetworkId, TaskId,
     net::Mtu,
@@ -34,6 +34,7 @@ pub(crate) struct Plumbing {
     dataplane: dataplane::Handle,
     resolver: Arc<Resolver>,
     upstreams: Vec<SocketAddr>,
+    policy: Policy,
     plugged: Mutex<BTreeMap<TaskId, TaskView>>,
     resumed: watch::Sender<bool>,
 }
@@ -44,9 +45,10 @@ impl Plumbing {
         dataplane: dataplane::Handle,
         resolver: Arc<Resolver>,
         upstreams: Vec<SocketAddr>,
+        policy: Policy,
     ) -> Self {
         let (plugged, resumed) = (Mutex::default(), watch::Sender::new(false));
-        Self { records, dataplane, resolver, upstreams, plugged, resumed }
+        Self { records, dataplane, resolver, upstreams, policy, plugged, resumed }
     }
 
     /// Goes on with the tasks that an earlier daemon plugged in. Nothing is plugged, unplugged or
@@ -66,7 +68,8 @@ impl Plumbing {
     pub(crate) fn push_names(&self) {
         let tasks = self.lock().values().cloned().collect();
         let records = Arc::clone(&self.records.borrow());
-        self.resolver.push(Snapshot::new(&records, tasks, self.upstreams.clone()));
+        let snapshot = Snapshot::new(&records, tasks, self.upstreams.clone(), self.policy);
+        self.resolver.push(snapshot);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<TaskId, TaskView>> {
@@ -129,6 +132,7 @@ fn task_view(task: &TaskAssignment, netns: PathBuf) -> TaskView {
         networks: task.leases.iter().filter_map(overlay).collect(),
         // A task on internal networks alone must not reach the world through its resolver.
         forward: task.leases.iter().any(|lease| overlay(lease).is_none()),
+        servers: task.spec.dns.servers.clone(),
     }
 }
 

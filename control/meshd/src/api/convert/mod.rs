@@ -1,6 +1,7 @@
 //! Between the API's objects and the store's, by hand: the two change at different speeds.
 
 pub(super) mod cluster;
+mod dns;
 pub(super) mod network;
 pub(super) mod node;
 pub(super) mod service;

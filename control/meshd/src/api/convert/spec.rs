@@ -16,7 +16,7 @@ use mesh_types::{
 };
 use serde_json::{Value, json};
 
-use super::update;
+use super::{dns, update};
 use crate::api::{ApiError, find, request::typed};
 
 /// The container label that chooses the executor.
@@ -38,7 +38,6 @@ const NOT_IMPLEMENTED: &[(&str, &str, &[&str])] = &[
     ("/TaskTemplate/ContainerSpec/Init", "--init", &[]),
     ("/TaskTemplate/ContainerSpec/Isolation", "--isolation", &[r#""default""#]),
     ("/TaskTemplate/ContainerSpec/Hosts", "--host", &[]),
-    ("/TaskTemplate/ContainerSpec/DNSConfig", "--dns, --dns-search, --dns-option", &[]),
     ("/TaskTemplate/ContainerSpec/Sysctls", "--sysctl", &[]),
     ("/TaskTemplate/ContainerSpec/CapabilityAdd", "--cap-add", &[]),
     ("/TaskTemplate/ContainerSpec/CapabilityDrop", "--cap-drop", &[]),
@@ -193,6 +192,7 @@ fn task_spec(
         restart: restart_policy(template.restart_policy.as_ref())?,
         constraints: constraints(template.placement.as_ref())?,
         force_update: template.force_update,
+        dns: dns::config(container.dns_config)?,
     })
 }
 
@@ -245,6 +245,9 @@ fn mode(sent: &Value, mode: &api::ServiceMode) -> Result<ServiceMode, ApiError> 
 
 fn attachment(store: &Store, target: api::NetworkTarget) -> Result<NetworkAttachment, ApiError> {
     let name = &target.target;
+    for alias in &target.aliases {
+        dns::check_alias(alias)?;
+    }
     match find::network(store, name) {
         Ok(network) => Ok(NetworkAttachment { network: network.id, aliases: target.aliases }),
         Err(_) if super::network::PREDEFINED.contains(&name.as_str()) => {

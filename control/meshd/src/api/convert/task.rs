@@ -6,7 +6,7 @@ use mesh_control::{
     store::Store,
 };
 use mesh_types::{
-    spec::{NetworkAttachment, RestartCondition, TaskSpec},
+    spec::{DnsSpec, NetworkAttachment, RestartCondition, TaskSpec},
     task::TaskState,
 };
 
@@ -129,6 +129,11 @@ pub(crate) fn task_template(spec: &TaskSpec, networks: &[NetworkAttachment]) -> 
             dir: spec.dir.clone().unwrap_or_default(),
             stop_signal: spec.stop_signal.clone().unwrap_or_default(),
             stop_grace_period: spec.stop_grace_period.map(nanos),
+            dns_config: (spec.dns != DnsSpec::default()).then(|| api::DnsConfig {
+                nameservers: spec.dns.servers.iter().map(ToString::to_string).collect(),
+                search: spec.dns.search.clone(),
+                options: spec.dns.options.clone(),
+            }),
         }),
         restart_policy: Some(api::RestartPolicy {
             condition: condition.into(),
