@@ -164,9 +164,17 @@ fn resolve(index: &Index, asker: &Asker, question: &Query) -> Found {
         Lookup::Addresses(records) => {
             Found::Records(addresses(records.addresses(), question.query_type))
         }
+        // A resolver in the task asks about top-level domains, nobody about services like this.
+        Lookup::NoSuchName if index.is_top_level(key) && is_about_zones(question.query_type) => {
+            Found::Outside
+        }
         Lookup::NoSuchName => Found::NoSuchName,
         Lookup::Outside => Found::Outside,
     }
+}
+
+fn is_about_zones(kind: RecordType) -> bool {
+    matches!(kind, RecordType::NS | RecordType::SOA | RecordType::DS | RecordType::DNSKEY)
 }
 
 /// Those of the addresses that a question of this type is about.

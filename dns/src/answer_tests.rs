@@ -331,6 +331,18 @@ fn an_alias_with_a_star_is_all_names_below() {
     }
 }
 
+/// A resolver in a task finds its way from the root; names of ours are no part of it.
+#[test]
+fn top_level_domains_are_asked_about() {
+    for kind in [RecordType::NS, RecordType::DS, RecordType::SOA] {
+        assert_eq!(decide(asker(), "com.", kind), Decision::Forward, "{kind}");
+        for name in ["web.", "secret.", &format!("{}.", TaskId::from_bits(9))] {
+            assert_ne!(decide(asker(), name, kind), Decision::Forward, "{name} {kind}");
+        }
+    }
+    check_missing("com.");
+}
+
 #[test]
 fn this_host_is_this_host() {
     for name in ["localhost.", "x.LocalHost."] {

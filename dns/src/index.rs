@@ -265,6 +265,11 @@ impl Index {
         offer.ports.contains(&(protocol, port)).then_some((zone, port, offer))
     }
 
+    /// Whether this may be a top-level domain: no name of a service or a task.
+    pub(crate) fn is_top_level(&self, key: &[u8]) -> bool {
+        labels(key).count() == 1 && !has_task_id(key) && !self.is_name_of_others(key)
+    }
+
     /// Whether some network has this name, without or with its own behind it.
     fn is_name_of_others(&self, key: &[u8]) -> bool {
         self.zones.iter().zip(0..).any(|(zone, number)| {
@@ -332,9 +337,14 @@ fn port_of(label: &[u8]) -> Option<u16> {
 fn has_internal_form(key: &[u8]) -> bool {
     let count = labels(key).count();
     let tasks = count == 2 && labels(key).next().is_some_and(|(_, label)| label == b"tasks");
+    count == 1 || tasks || has_task_id(key)
+}
+
+/// Whether a name ends in a task's id.
+fn has_task_id(key: &[u8]) -> bool {
     let is_id =
         |label: &[u8]| std::str::from_utf8(label).is_ok_and(|l| l.parse::<TaskId>().is_ok());
-    count == 1 || tasks || labels(key).last().is_some_and(|(_, label)| is_id(label))
+    labels(key).last().is_some_and(|(_, label)| is_id(label))
 }
 
 /// Fills the table of names. The first to have a name keeps it: own names of services go before
