@@ -3,6 +3,7 @@
 mod change;
 mod create;
 mod logs;
+mod names;
 mod policy;
 pub(crate) mod progress;
 pub(crate) mod ps;

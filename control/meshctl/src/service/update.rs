@@ -6,7 +6,8 @@ use mesh_api::UpdateConfig;
 use serde_json::{Map, Value, json};
 
 use super::{
-    WaitArgs, change::ChangeArgs, create::env, policy::PolicyArgs, progress, set_replicas, warn,
+    WaitArgs, change::ChangeArgs, create::env, names::NameArgs, policy::PolicyArgs, progress,
+    set_replicas, warn,
 };
 use crate::{
     Usage,
@@ -39,6 +40,8 @@ pub(crate) struct UpdateArgs {
     constraint_rm: Vec<String>,
     #[command(flatten)]
     change: ChangeArgs,
+    #[command(flatten)]
+    names: NameArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Go back to the spec before the last update
@@ -145,6 +148,7 @@ fn edit(
             }
         }
     }
+    args.names.apply(spec)?;
     policy(spec, "UpdateConfig", args.policy.update())?;
     policy(spec, "RollbackConfig", args.policy.rollback())
 }
@@ -307,6 +311,26 @@ mod tests {
             *expected.pointer_mut(path).unwrap() = value;
             assert_eq!(edited(flags, spec()).unwrap(), expected, "{flags}");
         }
+    }
+
+    #[test]
+    fn names_are_found_as_the_flags_say() {
+        let dns = |flags: &str, dns: Value| {
+            let before = json!({"TaskTemplate": {"ContainerSpec": {"DNSConfig": dns}}});
+            edited(flags, before).unwrap()["TaskTemplate"]["ContainerSpec"]["DNSConfig"].take()
+        };
+        assert_eq!(
+            dns("--dns-add 10.0.0.9 --dns-add 10.0.0.9 --dns-rm 10.0.0.8", json!(null)),
+            json!({"Nameservers": ["10.0.0.9"]})
+        );
+        assert_eq!(
+            dns(
+                "--dns-search-add b.test --dns-search-rm a.test --dns-option-add ndots:2 \
+                 --dns-option-rm rotate",
+                json!({"Nameservers": ["10.0.0.8"], "Search": ["a.test"], "Options": ["rotate"]})
+            ),
+            json!({"Nameservers": ["10.0.0.8"], "Search": ["b.test"], "Options": ["ndots:2"]})
+        );
     }
 
     #[test]
