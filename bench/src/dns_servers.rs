@@ -1,5 +1,5 @@
-//! The servers of `mesh-bench dns`: all in one namespace, on its loopback, each with one worker, and
-//! all of the same names.
+//! The servers of `mesh-bench dns`: all in one namespace, on its loopback, each with one worker,
+//! and all of the same names.
 
 use std::{
     fs,

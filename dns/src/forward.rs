@@ -28,8 +28,8 @@ pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many of the node's resolvers are tried.
 pub const MAX_UPSTREAMS: usize = 3;
 
-/// Asks one resolver after the other, from the node's namespace or from another. `None` if none gave
-/// an answer.
+/// Asks one resolver after the other, from the node's namespace or from another. `None` if none
+/// gave an answer.
 pub async fn forward(
     query: &[u8],
     upstreams: &[SocketAddr],

@@ -4,10 +4,11 @@
 //! other's duplicates keep the sockets bound: the kernel queues what tasks ask, and whoever comes
 //! next takes the sockets over with the queue in them. The descriptors go with the first byte of a
 //! frame of [`control`](crate::control) (`SCM_RIGHTS`, unix(7)), a UDP socket and a TCP listener
-//! for each task that the frame names, in its order. What a resolver has taken off a queue and not
-//! answered yet is in a [`journal`], which meshd makes and gives to one resolver after the other. An
-//! end that knows nothing of this reads the
+//! for each task that the frame names, in its order. An end that knows nothing of this reads the
 //! frame just as well, and the kernel closes what it was sent.
+//!
+//! What a resolver has taken off a queue and not answered yet is in a [`journal`], which meshd
+//! makes and gives to one resolver after the other.
 
 #![allow(unsafe_code, reason = "owning the descriptors that a message brought")]
 

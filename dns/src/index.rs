@@ -12,9 +12,9 @@
 //! | `_…` labels before an internal name | does not exist | does not exist |
 //! | another name without a dot | does not exist | does not exist |
 //!
-//! `_PORT._tcp` and `_PORT._udp` before the name of a service are SRV records of its ready tasks, if it
-//! publishes that port of theirs; some ports have names (`_http`). An alias `*.x` has all the names
-//! under `x` that are not given otherwise.
+//! `_PORT._tcp` and `_PORT._udp` before the name of a service are SRV records of its ready tasks,
+//! if it publishes that port of theirs; some ports have names (`_http`). An alias `*.x` has all the
+//! names under `x` that are not given otherwise.
 //!
 //! A name on several networks of a task is that of the first. Of a name's two meanings on one
 //! network a service's own name goes before an alias; an alias of several services has all their

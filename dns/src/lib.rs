@@ -2,10 +2,12 @@
 //!
 //! [`answer`] is the logic, without IO: a [`Snapshot`](snapshot::Snapshot) becomes an
 //! [`Index`](index::Index), and a query of a task becomes a [`Decision`](answer::Decision).
-//! What most queries ask has a way of its own, `fast`, which says the same sooner. [`server`] is the
-//! shell around it, the process `meshd dns`: sockets inside the tasks' namespaces, served in batches, [`forward`]ing of outside names from the node's, and the [`control`] socket on which
-//! meshd pushes snapshots. It goes on with its last snapshot while meshd is away, and its sockets
-//! wait in meshd while it is away itself ([`handover`]).
+//! What most queries ask has a way of its own, `fast`, which says the same sooner.
+//!
+//! [`server`] is the shell around it, the process `meshd dns`: sockets inside the tasks'
+//! namespaces, served in batches, [`forward`]ing of outside names from the node's, and the
+//! [`control`] socket on which meshd pushes snapshots. It goes on with its last snapshot while
+//! meshd is away, and its sockets wait in meshd while it is away itself ([`handover`]).
 //!
 //! Which names are internal, and so never leave the node, is said in [`index`].
 

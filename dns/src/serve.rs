@@ -46,8 +46,8 @@ const IDLE: Duration = Duration::from_secs(10);
 /// What every query needs.
 pub(crate) struct Shared {
     serving: ArcSwap<Serving>,
-    /// This and the rest is locked once for a batch, and never waited for: the process has one thread
-    /// for its queries.
+    /// This and the rest is locked once for a batch, and never waited for: the process has one
+    /// thread for its queries.
     buffers: Mutex<Buffers>,
     forwards: Arc<Semaphore>,
     cache: Mutex<Cache>,
