@@ -176,6 +176,15 @@ pub enum Stray {
         /// Its handle.
         handle: u32,
     },
+    /// A program of ours that is attached by another tcx link than that of its hook, or by none.
+    Tcx {
+        /// The link's kernel index.
+        index: u32,
+        /// The program's number.
+        program: u32,
+        /// The tcx link's number; 0: none.
+        link: u32,
+    },
 }
 
 /// What an object is. One key, one object.
@@ -548,6 +557,7 @@ impl fmt::Display for Stray {
             Self::Route { to: Some(to), metric, .. } => write!(f, "route to {to} metric {metric}"),
             Self::Route { to: None, metric, .. } => write!(f, "default route metric {metric}"),
             Self::Filter { index, .. } => write!(f, "filter on link {index}"),
+            Self::Tcx { index, program, .. } => write!(f, "program {program} on link {index}"),
         }
     }
 }

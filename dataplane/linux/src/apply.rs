@@ -13,6 +13,7 @@ use mesh_types::{ids::EndpointId, mac::Mac};
 
 use crate::{
     bpf::Bpf,
+    bpf_sys::{self, TCX_INGRESS},
     codec,
     error::{Failure, OpError},
     netlink::Socket,
@@ -175,6 +176,9 @@ impl Apply<'_> {
             }
             Stray::Filter { index, parent, info, handle } => {
                 rtnl::delete_filter_at(socket, index, parent, info, handle)
+            }
+            Stray::Tcx { index, program, link } => {
+                return Ok(bpf_sys::detach_tcx(index, TCX_INGRESS, program, link)?);
             }
         })
     }

@@ -17,7 +17,7 @@ use mesh_dataplane::{Hook, MapId, object::endpoint_of};
 use mesh_ebpf_abi::{Counter, FlowKey, FlowValue, SCHEMA, map, prog};
 
 use crate::{
-    bpf_sys::{self, RawMap, SharedArray, TCX_INGRESS},
+    bpf_sys::{self, RawMap, SharedArray, TCX_INGRESS, TcxInfo},
     codec,
     error::{OpError, OpenError},
     netlink::Socket,
@@ -156,6 +156,13 @@ impl Bpf {
         self.ids.get(program_of(hook)) == Some(&program)
     }
 
+    /// Whether a program works on our maps: it is loaded here, or was by an earlier daemon.
+    pub(crate) fn is_ours(&self, program: u32) -> bool {
+        let on_ours = |map: &u32| self.pins.values().any(|(_, id)| id == map);
+        self.ids.values().any(|id| *id == program)
+            || bpf_sys::maps_of(program).is_ok_and(|maps| maps.iter().any(on_ours))
+    }
+
     /// Pins every map again whose pin is gone or another map's, so that the next daemon finds what
     /// the programs use. Returns the names of those.
     pub(crate) fn pin_again(&self) -> io::Result<Vec<&'static str>> {
@@ -173,8 +180,8 @@ impl Bpf {
         Ok(done)
     }
 
-    /// The pinned tcx links: hook, program id and device (0: gone).
-    pub(crate) fn pinned(&self) -> io::Result<Vec<(Hook, u32, u32)>> {
+    /// The pinned tcx links; all zeros: none that is one.
+    pub(crate) fn pinned(&self) -> io::Result<Vec<(Hook, TcxInfo)>> {
         let mut found = Vec::new();
         let entries = match fs::read_dir(&self.links) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
@@ -185,11 +192,10 @@ impl Bpf {
             let Some(hook) = entry.file_name().to_str().and_then(hook_named) else { continue };
             // One that is no object of BPF is there all the same, and not what it should be.
             let Ok(link) = bpf_sys::open_pin(&entry.path()) else {
-                found.push((hook, 0, 0));
+                found.push((hook, TcxInfo::default()));
                 continue;
             };
-            let info = bpf_sys::link_info(link.as_fd())?;
-            found.push((hook, info.map_or(0, |i| i.program), info.map_or(0, |i| i.ifindex)));
+            found.push((hook, bpf_sys::link_info(link.as_fd())?.unwrap_or_default()));
         }
         Ok(found)
     }

@@ -8,7 +8,7 @@ use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -23,9 +23,14 @@ const BPF_MAP_GET_NEXT_KEY: i32 = 4;
 const BPF_PROG_LOAD: i32 = 5;
 const BPF_OBJ_PIN: i32 = 6;
 const BPF_OBJ_GET: i32 = 7;
+const BPF_PROG_DETACH: i32 = 9;
+const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
+const BPF_PROG_QUERY: i32 = 16;
 const BPF_LINK_CREATE: i32 = 28;
 const BPF_LINK_UPDATE: i32 = 29;
+const BPF_LINK_GET_FD_BY_ID: i32 = 30;
+const BPF_LINK_DETACH: i32 = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 /// `bpf_attach_type`.
@@ -54,6 +59,15 @@ impl Attr {
     /// # Safety
     /// Pointers in the attribute must be good for what the command does with them.
     unsafe fn call(mut self, command: i32) -> io::Result<i32> {
+        // SAFETY: the caller's promise.
+        unsafe { self.call_back(command) }
+    }
+
+    /// As [`Attr::call`], where the kernel writes into the attribute.
+    ///
+    /// # Safety
+    /// As [`Attr::call`].
+    unsafe fn call_back(&mut self, command: i32) -> io::Result<i32> {
         // SAFETY: the attribute is as long as said; the rest is the caller's promise.
         let result =
             unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_mut_ptr(), self.0.len()) };
@@ -103,8 +117,10 @@ pub(crate) fn update_link(link: BorrowedFd, program: BorrowedFd) -> io::Result<(
 }
 
 /// What a tcx link is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct TcxInfo {
+    /// The tcx link's number.
+    pub(crate) link: u32,
     pub(crate) program: u32,
     /// 0: its device is gone.
     pub(crate) ifindex: u32,
@@ -122,7 +138,81 @@ pub(crate) fn link_info(link: BorrowedFd) -> io::Result<Option<TcxInfo>> {
     if low(info[0].to_le()) != BPF_LINK_TYPE_TCX {
         return Ok(None);
     }
-    Ok(Some(TcxInfo { program: low(info[1].to_le()), ifindex: low(info[2].to_le()) }))
+    Ok(Some(TcxInfo {
+        link: (info[0].to_le() >> 32) as u32,
+        program: low(info[1].to_le()),
+        ifindex: low(info[2].to_le()),
+    }))
+}
+
+/// The most programs that the kernel has on one side of a device (`BPF_MPROG_MAX`).
+const TCX_MAX: usize = 64;
+
+/// The programs on a device of the calling thread's namespace, each with its tcx link (0: none).
+pub(crate) fn attached(ifindex: u32, attach: u32) -> io::Result<Vec<(u32, u32)>> {
+    let (mut programs, mut links) = ([0u32; TCX_MAX], [0u32; TCX_MAX]);
+    let mut attr = Attr::new()
+        .u32(0, ifindex)
+        .u32(4, attach)
+        .u64(16, programs.as_mut_ptr() as u64)
+        .u32(24, TCX_MAX as u32)
+        .u64(40, links.as_mut_ptr() as u64);
+    // SAFETY: both arrays are as long as said and live through the call.
+    match unsafe { attr.call_back(BPF_PROG_QUERY) } {
+        // Nothing was ever attached there, or the device is gone.
+        Err(error) if [libc::ENOENT, libc::ENODEV].map(Some).contains(&error.raw_os_error()) => {
+            return Ok(Vec::new());
+        }
+        other => other?,
+    };
+    let [a, b, c, d] = [24, 25, 26, 27].map(|at| attr.0[at]);
+    let count = u32::from_ne_bytes([a, b, c, d]) as usize;
+    Ok(programs.into_iter().zip(links).take(count).collect())
+}
+
+/// Takes a program off a device of the calling thread's namespace. That it is gone will do.
+pub(crate) fn detach_tcx(ifindex: u32, attach: u32, program: u32, link: u32) -> io::Result<()> {
+    let detach = || {
+        if link != 0 {
+            // SAFETY: no pointers in it.
+            let link = unsafe { Attr::new().u32(0, link).call_fd(BPF_LINK_GET_FD_BY_ID)? };
+            // SAFETY: no pointers in it.
+            return unsafe { Attr::new().fd(0, link.as_fd()).call(BPF_LINK_DETACH) };
+        }
+        let program = program_by_id(program)?;
+        let attr = Attr::new().u32(0, ifindex).fd(4, program.as_fd()).u32(8, attach);
+        // SAFETY: no pointers in it.
+        unsafe { attr.call(BPF_PROG_DETACH) }
+    };
+    match detach() {
+        Err(error) if ![libc::ENOENT, libc::ENODEV].map(Some).contains(&error.raw_os_error()) => {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn program_by_id(program: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers in it.
+    unsafe { Attr::new().u32(0, program).call_fd(BPF_PROG_GET_FD_BY_ID) }
+}
+
+/// The numbers of the maps that a program uses.
+pub(crate) fn maps_of(program: u32) -> io::Result<Vec<u32>> {
+    let program = program_by_id(program)?;
+    let mut maps = [0u32; 64];
+    // `struct bpf_prog_info`: nr_map_ids at 52, map_ids at 56.
+    let mut info = [0u64; 16];
+    info[6] = (maps.len() as u64) << 32;
+    info[7] = maps.as_mut_ptr() as u64;
+    let attr = Attr::new()
+        .fd(0, program.as_fd())
+        .u32(4, size_of_val(&info) as u32)
+        .u64(8, info.as_mut_ptr() as u64);
+    // SAFETY: `info` and `maps` are as long as said and live through the call.
+    unsafe { attr.call(BPF_OBJ_GET_INFO_BY_FD)? };
+    let count = (info[6] >> 32) as usize;
+    Ok(maps.into_iter().take(count).collect())
 }
 
 /// The kernel's number of a map.
@@ -174,7 +264,6 @@ impl RawMap {
     /// # Errors
     /// No such pin, or no right to open it.
     pub fn open(path: &Path) -> io::Result<Self> {
-        use std::os::fd::AsFd;
         let fd = open_pin(path)?;
         let (key, value, _) = map_info(fd.as_fd())?;
         Ok(Self { fd, key, value })
@@ -193,7 +282,6 @@ impl RawMap {
 
     fn attr(&self, key: &[u8]) -> Attr {
         assert_eq!(key.len(), self.key, "the key has the map's size");
-        use std::os::fd::AsFd;
         Attr::new().fd(0, self.fd.as_fd()).u64(8, key.as_ptr() as u64)
     }
 
@@ -247,7 +335,6 @@ impl RawMap {
     /// The key after `key`; the first one for `None`. After a key that is gone the kernel begins
     /// anew, so walks bound their steps.
     pub(crate) fn next(&self, key: Option<&[u8]>) -> io::Result<Option<Vec<u8>>> {
-        use std::os::fd::AsFd;
         let mut next = vec![0; self.key];
         let attr = match key {
             Some(key) => self.attr(key),
@@ -343,4 +430,4 @@ impl Drop for SharedArray {
     }
 }
 
-const _: () = assert!(cfg!(target_endian = "little"), "`link_info` reads words of two fields");
+const _: () = assert!(cfg!(target_endian = "little"), "infos are read as words of two fields");

@@ -17,6 +17,7 @@ use mesh_types::{ids::EndpointId, mac::Mac, net::Mtu};
 
 use crate::{
     bpf::{Bpf, parent_of},
+    bpf_sys::{self, TCX_INGRESS, TcxInfo},
     codec::{self, LinkTable},
     error::OpError,
     netlink::Socket,
@@ -298,11 +299,13 @@ impl Round {
     }
 
     fn hooks(&mut self, socket: &mut Socket, bpf: &Bpf) -> Result<(), OpError> {
-        for (hook, program, ifindex) in bpf.pinned()? {
+        let mut pinned = BTreeSet::new();
+        for (hook, TcxInfo { link, program, ifindex }) in bpf.pinned()? {
             let current = ifindex != 0 && bpf.is_current(hook, program);
-            let link = self.links.link(ifindex);
-            let state = if current { Program::Current(link) } else { Program::Stale };
+            let at = self.links.link(ifindex);
+            let state = if current { Program::Current(at) } else { Program::Stale };
             self.put(Key::Hook(hook), Value::Hook(state));
+            pinned.insert(link);
         }
         let tasks: Vec<NetnsId> = self.tasks.keys().copied().collect();
         for id in tasks {
@@ -311,10 +314,16 @@ impl Round {
             self.filter(&mut task.socket, bpf, Hook::TaskLo(id), at, LOOPBACK_IFINDEX)?;
             self.tasks.insert(id, task);
         }
-        if bpf.tcx {
-            return Ok(());
-        }
         for link in rtnl::links(socket)? {
+            if bpf.tcx {
+                for (program, by) in bpf_sys::attached(link.index, TCX_INGRESS)? {
+                    if !pinned.contains(&by) && bpf.is_ours(program) {
+                        let stray = Stray::Tcx { index: link.index, program, link: by };
+                        self.put(Key::Stray(Ns::Node, stray), Value::Present);
+                    }
+                }
+                continue;
+            }
             let at = self.links.link(link.index);
             let hook = match at {
                 LinkRef::Veth(endpoint) => Hook::FromTask(endpoint),

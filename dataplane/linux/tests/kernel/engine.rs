@@ -130,6 +130,44 @@ fn corruption_heals() {
     });
 }
 
+/// A program of ours that is attached by another link than the hook's pinned one is taken off: the
+/// program that runs, and one of an earlier daemon, which would run in its place.
+#[test]
+fn copies_of_programs_are_removed() {
+    run("copies", async |net| {
+        let mut engine = net.engine();
+        if !engine.features().tcx {
+            return;
+        }
+        let links = net.pins.join(format!("v{}/links", mesh_ebpf_abi::SCHEMA));
+        engine.set_records(net.records());
+        good(&engine.round().await);
+        for restarts in [false, true] {
+            let (pin, second) = (links.join("uplink"), net.pins.join("second"));
+            let (pin, second) = (pin.display(), second.display());
+            sh(&format!(
+                "id=$(bpftool -j link show pinned {pin} | grep -oE '\"id\":[0-9]+' | cut -c6-)
+                 bpftool link pin id $id {second} && rm {pin}"
+            ));
+            if restarts {
+                drop(engine);
+                engine = net.engine();
+                engine.set_records(net.records());
+            }
+            let report = engine.round().await;
+            good(&report);
+            let removed = |done: &&String| done.starts_with("delete stray program");
+            assert_eq!(report.applied.iter().filter(removed).count(), 1, "{:#?}", report.applied);
+            // What a start finds is not counted.
+            assert!(restarts || report.healed >= 2, "{:#?}", report.applied);
+            let report = engine.round().await;
+            assert!(report.applied.is_empty(), "not level: {:#?}", report.applied);
+            sh(&format!("rm {second}"));
+        }
+        good(&engine.teardown().await);
+    });
+}
+
 /// What others made stays as it is, also where its name looks like ours; and a round does not fail
 /// because of it.
 #[test]
