@@ -25,6 +25,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("mesh-gossip", &["mesh-types"]),
     ("mesh-control", &["mesh-types"]),
     ("mesh-raft", &["mesh-control", "mesh-types"]),
+    // In the place of a dependency of openraft's.
+    ("base2histogram", &[]),
     ("mesh-executor", &["mesh-types"]),
     ("mesh-api", &["mesh-types"]),
     ("mesh-dns", &["mesh-types"]),

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use mesh_lab::{DaemonSignal, Lab};
 use mesh_tests::{
-    cluster::{Cluster, Task, WHOAMI, eventually, list},
+    cluster::{Cluster, WHOAMI, eventually, list},
     load::{Load, Outcome, RATE, Report, Request},
 };
 
@@ -84,19 +84,21 @@ impl Bed {
         })
     }
 
-    /// The same, with a task on every node: the scheduler spreads new ones.
+    /// The same, with a task on every node: the scheduler spreads new ones. It puts none on a node
+    /// that it has not heard for two seconds, as after a change of leaders; so it may take a second
+    /// roll-out.
     pub(crate) fn settle_spread(&self) -> Result<()> {
         self.settle()?;
-        let nodes =
-            |tasks: Vec<Task>| -> BTreeSet<_> { tasks.into_iter().map(|t| t.node).collect() };
-        if nodes(self.cluster.running(SERVICE)?).len() == REPLICAS {
-            return Ok(());
-        }
-        self.step("spreading the tasks again");
-        self.roll("--update-parallelism 0")?;
-        let on = nodes(self.cluster.running(SERVICE)?);
-        ensure!(on.len() == REPLICAS, "the tasks are on {on:?} alone");
-        Ok(())
+        eventually("a task on every node", PATIENCE, || {
+            let tasks = self.cluster.running(SERVICE)?;
+            let on: BTreeSet<_> = tasks.into_iter().map(|task| task.node).collect();
+            if on.len() == REPLICAS {
+                return Ok(());
+            }
+            self.step("spreading the tasks again");
+            self.roll("--update-parallelism 0")?;
+            anyhow::bail!("the tasks were on {on:?} alone")
+        })
     }
 
     /// Waits until exactly so many tasks run and none is on its way to its end.

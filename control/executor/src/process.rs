@@ -155,8 +155,11 @@ impl ProcessExecutor {
         Ok(format!("/proc/{pid}/ns/net").into())
     }
 
-    fn write_dir(&self, dir: &TaskDir, spec: &ShimSpec, context: &TaskContext) -> io::Result<()> {
-        fs::create_dir_all(&self.config.tasks_dir)?;
+    /// Waits for the disk.
+    fn write_dir(dir: &TaskDir, spec: &ShimSpec, context: &TaskContext) -> io::Result<()> {
+        if let Some(all) = dir.path().parent() {
+            fs::create_dir_all(all)?;
+        }
         fs::DirBuilder::new().mode(0o700).create(dir.path())?;
         fs::write(dir.version(), contract::VERSION.to_string())?;
         fs::create_dir(dir.etc())?;
@@ -280,7 +283,11 @@ impl Executor for ProcessExecutor {
             cgroup: self.cgroup(task.id),
             log_bytes_max: self.config.log_bytes_max,
         };
-        let made = match self.write_dir(&dir, &spec, context) {
+        let written = {
+            let (dir, context) = (dir.clone(), context.clone());
+            tokio::task::spawn_blocking(move || Self::write_dir(&dir, &spec, &context)).await
+        };
+        let made = match written.map_err(io::Error::other).flatten() {
             Ok(()) => self.start_shim(&dir).await,
             Err(error) => Err(ExecutorError::io("write the task directory", dir.path(), error)),
         };

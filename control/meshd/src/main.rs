@@ -82,7 +82,9 @@ fn daemon(options: Options) -> Result<()> {
         "meshd makes namespaces, links and BPF programs: run it as root"
     );
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        // What is heavy is elsewhere: the data plane has a thread, disks have the blocking pool. A
+        // second worker costs an idle daemon a fifth of its time, for waking each other.
+        .worker_threads(1)
         .enable_all()
         .build()
         .context("starting the runtime")?

@@ -474,9 +474,14 @@ struct Watcher {
 impl Watcher {
     async fn run(self) {
         let mut metrics = self.core.metrics();
+        let mut server = self.core.server_metrics();
         let mut revision = self.shared.watch();
         loop {
             self.publish(&metrics.borrow_and_update());
+            server.borrow_and_update();
+            // Every answer to a heartbeat is a change of `metrics`. While all is well, who leads
+            // and who votes says enough, and what silence changes is seen by the tick.
+            let settled = self.sender.borrow().has_quorum;
             if self.disk.grown() > self.snapshot_bytes
                 && let Err(error) = self.core.trigger().snapshot().await
             {
@@ -485,7 +490,8 @@ impl Watcher {
             // Silence changes the verdict too, and no metric tells of it.
             let tick = tokio::time::sleep(self.patience / 4);
             tokio::select! {
-                changed = metrics.changed() => if changed.is_err() { break },
+                changed = metrics.changed(), if !settled => if changed.is_err() { break },
+                changed = server.changed() => if changed.is_err() { break },
                 _ = revision.changed() => {}
                 () = tick => {}
             }

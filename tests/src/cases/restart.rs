@@ -25,7 +25,8 @@ use crate::{
 };
 
 group!("restart": a_killed_daemon_is_not_felt, an_upgraded_daemon_is_not_felt,
-    an_end_without_a_daemon_is_reported, a_killed_resolver_fails_no_lookup);
+    lost_records_are_not_felt, an_end_without_a_daemon_is_reported,
+    a_killed_resolver_fails_no_lookup);
 
 const NODE: &str = "w1";
 
@@ -246,6 +247,28 @@ fn an_upgraded_daemon_is_not_felt(c: &Cluster) -> Result<()> {
     not_felt(c, || {
         c.lab.end_daemon(NODE, DaemonSignal::Stop)?;
         c.lab.start(NODE)?;
+        eventually("the node to be ready", SOON, || ready(c))
+    })
+}
+
+/// What the kernel and the resolver hold stays until a manager sends the records anew.
+fn lost_records_are_not_felt(c: &Cluster) -> Result<()> {
+    const CUT: &str = "add table inet cut; \
+        add chain inet cut out { type filter hook output priority 0; }; \
+        add rule inet cut out tcp dport 2377 drop";
+    /// Some rounds of the new daemon's.
+    const ALONE: Duration = Duration::from_secs(4);
+    let harmed = std::cell::Cell::new(false);
+    not_felt(c, || {
+        if harmed.replace(true) {
+            return Ok(());
+        }
+        c.on(NODE, &["nft", CUT])?.ok()?;
+        c.lab.end_daemon(NODE, DaemonSignal::Kill)?;
+        fs::write(c.lab.places().state_dir(NODE).join("records.msgpack"), b"lost")?;
+        c.lab.start(NODE)?;
+        thread::sleep(ALONE);
+        c.on(NODE, &["nft", "delete table inet cut"])?.ok()?;
         eventually("the node to be ready", SOON, || ready(c))
     })
 }

@@ -305,6 +305,14 @@ impl Driver {
         netns: PathBuf,
         interfaces: Vec<InterfaceSpec>,
     ) -> Result<()> {
+        if self.is_blind() {
+            let held = self.leases.get(&task);
+            // Plugged in by an earlier daemon, and nothing was taken away since.
+            if held.is_some_and(|held| held.path == netns && held.interfaces == interfaces) {
+                return Ok(());
+            }
+            anyhow::bail!("this node's records are lost, and no manager has sent them anew yet");
+        }
         let records = Arc::clone(&self.records.borrow());
         self.engine.set_records(records);
         let lease = self.engine.attach(&netns, &interfaces).await?;
@@ -353,7 +361,19 @@ impl Driver {
         }
     }
 
+    /// There are tasks, and no records: the kept ones could not be read. What the kernel holds is
+    /// better than nothing until a manager sends them.
+    fn is_blind(&self) -> bool {
+        !self.leases.is_empty() && self.records.borrow().revision == Revision::MIN
+    }
+
     async fn round(&mut self) {
+        if self.is_blind() {
+            self.complain(
+                "the kept records are lost: nothing heals until managers send them".into(),
+            );
+            return;
+        }
         let records = Arc::clone(&self.records.borrow_and_update());
         let revision = records.revision;
         self.engine.set_records(records);

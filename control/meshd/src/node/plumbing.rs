@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use async_trait::async_trait;
 use mesh_dns::snapshot::{Policy, Snapshot, TaskView};
 use mesh_types::{
-    NetworkId, TaskId,
+    NetworkId, Revision, TaskId,
     net::Mtu,
     record::RecordSet,
     task::{EndpointLease, InterfaceKind, InterfaceSpec, TaskAssignment},
@@ -66,8 +66,12 @@ impl Plumbing {
 
     /// Tells the resolver what stands now. Whole, so that nothing is ever missing for long.
     pub(crate) fn push_names(&self) {
-        let tasks = self.lock().values().cloned().collect();
+        let tasks: Vec<TaskView> = self.lock().values().cloned().collect();
         let records = Arc::clone(&self.records.borrow());
+        // The kept records could not be read: what the resolver knows is better than nothing.
+        if records.revision == Revision::MIN && !tasks.is_empty() {
+            return;
+        }
         let snapshot = Snapshot::new(&records, tasks, self.upstreams.clone(), self.policy);
         self.resolver.push(snapshot);
     }
