@@ -331,7 +331,7 @@ impl Report {
                 node.role.clone(),
                 node.status.clone(),
                 node.availability.clone(),
-                format!("{} tasks", node.tasks),
+                format!("{} {}", node.tasks, if node.tasks == 1 { "task" } else { "tasks" }),
                 node.address.clone(),
             ]
         });

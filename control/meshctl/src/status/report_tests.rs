@@ -83,7 +83,7 @@ Nodes     4 of 4 ready
           m1        leader    Ready     Active    0 tasks   192.0.2.1
           m2        manager   Ready     Active    0 tasks   192.0.2.1
           m3        manager   Ready     Active    0 tasks   192.0.2.1
-          w1        worker    Ready     Active    1 tasks   192.0.2.1
+          w1        worker    Ready     Active    1 task    192.0.2.1
 Services  1 of 1 as they should be
           web       replicated   2/2       completed
 Networks  1
