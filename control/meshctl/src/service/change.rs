@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::{
     create::{EndpointMode, RestartCondition, restart_policy},
     duration, key_values, publish,
-    update::{list, object},
+    update::{list, object, words},
 };
 use crate::client::{Client, escape};
 
@@ -20,6 +20,12 @@ pub(super) struct ChangeArgs {
     /// The image, a mere label for processes
     #[arg(long, value_name = "IMAGE")]
     image: Option<String>,
+    /// What the command's words are given to, as one text with a shell's quotes; empty: nothing
+    #[arg(long, value_name = "COMMAND")]
+    entrypoint: Option<String>,
+    /// Accepted for the stock CLI's sake: processes have no health checks
+    #[arg(long, hide = true)]
+    no_healthcheck: bool,
     /// Host name of its tasks
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -117,6 +123,9 @@ impl ChangeArgs {
         ];
         for (key, text) in texts {
             given.extend(text.iter().map(|text| (key.to_owned(), json!(text))));
+        }
+        if let Some(entrypoint) = &self.entrypoint {
+            given.insert("Command".into(), json!(words(entrypoint)?));
         }
         let period = self.stop_grace_period;
         given.extend(period.map(|period| ("StopGracePeriod".to_owned(), json!(period))));
@@ -223,7 +232,8 @@ mod tests {
             "ContainerSpec": {"Image": "x", "Isolation": "default", "Labels": {"c": "3"}},
             "RestartPolicy": {"Condition": "any", "Delay": 1, "Unknown": true}}});
         let made = changed(
-            "--image y --hostname h -w /tmp --label-add a=9 --label-rm b --container-label-add d=4 \
+            "--image y --entrypoint env --no-healthcheck --hostname h -w /tmp --label-add a=9 \
+             --label-rm b --container-label-add d=4 \
              --container-label-rm c --stop-signal SIGINT --stop-grace-period 3s \
              --restart-delay 2s --restart-max-attempts 4 --endpoint-mode dnsrr",
             spec,
@@ -231,7 +241,7 @@ mod tests {
         let expected = json!({"Labels": {"a": "9"}, "Unknown": 1,
             "EndpointSpec": {"Mode": "dnsrr"}, "TaskTemplate": {
             "ContainerSpec": {"Image": "y", "Isolation": "default", "Labels": {"d": "4"},
-                "Hostname": "h", "Dir": "/tmp", "StopSignal": "SIGINT",
+                "Command": ["env"], "Hostname": "h", "Dir": "/tmp", "StopSignal": "SIGINT",
                 "StopGracePeriod": 3_000_000_000_u64},
             "RestartPolicy": {"Condition": "any", "Delay": 2_000_000_000_u64, "MaxAttempts": 4,
                 "Unknown": true}}});

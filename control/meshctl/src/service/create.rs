@@ -10,7 +10,7 @@ use mesh_api::{
     UpdateConfig,
 };
 
-use super::{WaitArgs, duration, labels, policy::PolicyArgs, progress, publish};
+use super::{WaitArgs, duration, labels, policy::PolicyArgs, progress, publish, update::words};
 use crate::{Usage, client::Client, output::say};
 
 /// The container label that chooses the executor.
@@ -90,6 +90,12 @@ pub(crate) struct CreateArgs {
     /// A label of its containers (may be repeated)
     #[arg(long, value_name = "KEY=VALUE")]
     container_label: Vec<String>,
+    /// What the command's words are given to, as one text with a shell's quotes
+    #[arg(long, value_name = "COMMAND")]
+    entrypoint: Option<String>,
+    /// Accepted for the stock CLI's sake: processes have no health checks
+    #[arg(long, hide = true)]
+    no_healthcheck: bool,
     /// Host name of its tasks
     #[arg(long, default_value = "", hide_default_value = true)]
     hostname: String,
@@ -168,6 +174,7 @@ fn spec(
     raw: &[String],
     environment: impl Fn(&str) -> Option<String>,
 ) -> Result<ServiceSpec> {
+    let entrypoint = args.entrypoint.as_deref().map(words).transpose()?;
     let words: Vec<String> = args.first.iter().chain(&args.rest).cloned().collect();
     let (image, command) = image_and_command(&words, raw);
     let mut container_labels = labels(&args.container_label);
@@ -196,7 +203,7 @@ fn spec(
             container_spec: Some(ContainerSpec {
                 image,
                 labels: container_labels,
-                command: Vec::new(),
+                command: entrypoint.unwrap_or_default(),
                 args: command,
                 hostname: args.hostname,
                 env: env(&args.env, environment),
@@ -356,6 +363,10 @@ mod tests {
             assert_eq!(container.image, "host", "{line}");
             assert_eq!(container.args, ["sh", "-c", "-x"], "{line}");
         }
+        let line =
+            "meshctl service create --entrypoint env --no-healthcheck --runtime process h A=1";
+        let container = parsed(line).unwrap().task_template.container_spec.unwrap();
+        assert_eq!((&container.command[0][..], &container.args[0][..]), ("env", "A=1"));
         let spec = parsed("meshctl service create --runtime process host sh -- x").unwrap();
         assert_eq!(spec.task_template.container_spec.unwrap().args, ["sh", "--", "x"]);
         assert!(!spec.name.is_empty());

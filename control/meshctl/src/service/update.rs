@@ -202,7 +202,7 @@ pub(super) fn list<'a>(
 }
 
 /// Splits a text as a shell does: at blanks, except in quotes and after a backslash.
-fn words(text: &str) -> Result<Vec<String>> {
+pub(super) fn words(text: &str) -> Result<Vec<String>> {
     let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
     let mut letters = text.chars();
     while let Some(letter) = letters.next() {
@@ -228,7 +228,7 @@ fn words(text: &str) -> Result<Vec<String>> {
 }
 
 fn unfinished(text: &str, what: &str) -> Usage {
-    Usage(format!("invalid --args `{text}`: a {what} without its other half"))
+    Usage(format!("invalid command `{text}`: a {what} without its other half"))
 }
 
 #[cfg(test)]
