@@ -47,6 +47,14 @@ fn main() -> ExitCode {
             ],
         },
         Plan {
+            name: "roles",
+            topology: FIVE,
+            cluster: true,
+            meshd_args: &[],
+            alone: false,
+            groups: &[cases::roles::GROUP],
+        },
+        Plan {
             name: "fallback",
             topology: FIVE,
             cluster: true,

@@ -52,8 +52,8 @@ pub struct Cluster {
     pub next_node: NodeNumber,
     /// The next VNI to lease (wraps, skipping those in use).
     pub next_vni: Vni,
-    /// Managers that were removed, the oldest first. Their certificates are good for a while, their
-    /// word in raft is not.
+    /// Managers that were removed or demoted, the oldest first. Their certificates are good for a
+    /// while, their word in raft is not.
     #[serde(default)]
     pub removed_managers: Vec<NodeId>,
 }
@@ -100,8 +100,11 @@ impl Default for ClusterSpec {
 pub struct Node {
     /// Its id.
     pub id: NodeId,
-    /// Its number; its raft id too.
+    /// Its number.
     pub number: NodeNumber,
+    /// Its number among the voters, if that is another one: see [`Node::voter`].
+    #[serde(default)]
+    pub voter: Option<NodeNumber>,
     /// Version and times.
     pub meta: Meta,
     /// What the operator set.
@@ -119,6 +122,13 @@ pub struct Node {
 }
 
 impl Node {
+    /// Its number among the voters. A new one each time that it becomes a manager again: it reads
+    /// the log from its start, and must not find itself among the voters of that time.
+    #[must_use]
+    pub fn voter(&self) -> NodeNumber {
+        self.voter.unwrap_or(self.number)
+    }
+
     /// Its daemon is not heard, or left: it can neither be told nor tell anything.
     #[must_use]
     pub fn is_down(&self) -> bool {

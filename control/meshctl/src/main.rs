@@ -10,6 +10,7 @@ mod lab;
 mod network;
 mod node;
 mod output;
+mod role;
 mod service;
 mod since;
 mod status;

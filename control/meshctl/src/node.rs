@@ -11,6 +11,7 @@ use crate::{
         self, Format, InspectFormat, ListArgs, Screen, Table, fields, for_each, natural, objects,
         say, title,
     },
+    role::{self, Role},
     service::{
         inspect_all, key_values,
         ps::{self, TaskListArgs},
@@ -45,8 +46,20 @@ pub(crate) enum Command {
         #[arg(long, default_value = "table", hide_default_value = true, value_name = "FORMAT")]
         format: Format,
     },
-    /// Change a node's availability or labels
+    /// Change a node's availability, role or labels
     Update(UpdateArgs),
+    /// Make workers managers; their tasks run on
+    Promote {
+        /// Names or ids
+        #[arg(required = true)]
+        nodes: Vec<String>,
+    },
+    /// Make managers workers; their tasks run on
+    Demote {
+        /// Names or ids
+        #[arg(required = true)]
+        nodes: Vec<String>,
+    },
     /// List the tasks of nodes
     #[command(after_help = fields(ps::FILTERS, &[ps::COLUMNS]))]
     Ps {
@@ -72,6 +85,9 @@ pub(crate) struct UpdateArgs {
     /// Whether it takes tasks
     #[arg(long, value_enum)]
     availability: Option<Availability>,
+    /// Whether it holds the cluster's state too
+    #[arg(long, value_enum)]
+    role: Option<Role>,
     /// Add or replace a label (may be repeated)
     #[arg(long, value_name = "KEY=VALUE")]
     label_add: Vec<String>,
@@ -109,6 +125,12 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
         }
         Command::Stats { node, nonzero, format } => stats(client, node, nonzero, format).await,
         Command::Update(args) => update(client, args).await,
+        Command::Promote { nodes } => {
+            role::change(client, &resolved(client, nodes).await?, Role::Manager).await
+        }
+        Command::Demote { nodes } => {
+            role::change(client, &resolved(client, nodes).await?, Role::Worker).await
+        }
         Command::Ps { list, mut nodes } => {
             if nodes.is_empty() {
                 nodes.push("self".to_owned());
@@ -213,6 +235,9 @@ fn edit(spec: &mut Value, args: &UpdateArgs) -> Result<()> {
     if let Some(availability) = args.availability {
         fields.insert("Availability".into(), json!(availability.word()));
     }
+    if let Some(role) = args.role {
+        fields.insert("Role".into(), json!(role.word()));
+    }
     let labels = fields.entry("Labels").or_insert(Value::Null);
     if labels.is_null() {
         *labels = json!({});
@@ -233,6 +258,7 @@ mod tests {
     fn an_update_changes_what_it_names_alone() {
         let args = UpdateArgs {
             availability: Some(Availability::Drain),
+            role: Some(Role::Manager),
             label_add: vec!["zone=a".into(), "ssd".into()],
             label_rm: vec!["old".into(), "none".into()],
             node: "n1".into(),
@@ -243,7 +269,7 @@ mod tests {
         });
         edit(&mut spec, &args).unwrap();
         let expected = json!({
-            "Name": "x", "Role": "worker", "Availability": "drain", "Unknown": [1],
+            "Name": "x", "Role": "manager", "Availability": "drain", "Unknown": [1],
             "Labels": {"kept": "2", "zone": "a", "ssd": ""},
         });
         assert_eq!(spec, expected);

@@ -7,6 +7,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -46,6 +47,8 @@ pub struct Identity {
     pub node: NodeId,
     /// Its number.
     pub number: NodeNumber,
+    /// Its number among the voters, if it is a manager.
+    pub voter: NodeNumber,
     /// Its cluster.
     pub cluster: ClusterId,
     /// Its role, as its certificate has it.
@@ -76,6 +79,8 @@ impl std::fmt::Debug for Identity {
 struct NodeFile {
     node: NodeId,
     number: NodeNumber,
+    #[serde(default)]
+    voter: Option<NodeNumber>,
     cluster: ClusterId,
     role: Role,
     data_key: String,
@@ -148,6 +153,7 @@ impl Identity {
         let identity = Self {
             node: file.node,
             number: file.number,
+            voter: file.voter.unwrap_or(file.number),
             cluster: file.cluster,
             role: file.role,
             ca_pem: read(CA)?.to_string(),
@@ -189,6 +195,7 @@ impl Identity {
         let file = NodeFile {
             node: self.node,
             number: self.number,
+            voter: Some(self.voter),
             cluster: self.cluster,
             role: self.role,
             data_key: STANDARD.encode(self.data_key),
@@ -219,6 +226,17 @@ impl Identity {
             remove_dir(&dir)?;
         }
         if state_dir.exists() { sync(state_dir) } else { Ok(()) }
+    }
+
+    /// Whether the certificate is old enough to be renewed: at a point between half and four fifths
+    /// of its life, another one for each certificate.
+    #[must_use]
+    pub fn renewal_due(&self, now: SystemTime) -> bool {
+        let due = pki::parse_pem(&self.cert_pem).and_then(|cert| {
+            let [random, ..] = pki::digest(&cert);
+            pki::renew_at(&cert, f64::from(random) / 255.0)
+        });
+        due.is_ok_and(|due| now >= due)
     }
 
     /// As its certificate has it.
@@ -252,10 +270,7 @@ fn sync(dir: &Path) -> Result<(), IdentityError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        os::unix::fs::PermissionsExt,
-        time::{Duration, SystemTime},
-    };
+    use std::{os::unix::fs::PermissionsExt, time::Duration};
 
     use super::*;
 
@@ -270,6 +285,7 @@ mod tests {
         Identity {
             node,
             number: NodeNumber::new(3).unwrap(),
+            voter: NodeNumber::new(7).unwrap(),
             cluster,
             role: Role::Manager,
             ca_pem: root.cert_pem,
@@ -296,6 +312,7 @@ mod tests {
         saved.save(&dir).unwrap();
         let loaded = Identity::load(&dir).unwrap().unwrap();
         assert_eq!(loaded.subject(), saved.subject());
+        assert_eq!((loaded.number, loaded.voter), (saved.number, saved.voter));
         assert_eq!((loaded.key_pem, loaded.data_key), (saved.key_pem, [5; 32]));
         let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(dir.join("identity")), 0o700);
@@ -304,6 +321,15 @@ mod tests {
         Identity::remove(&dir).unwrap();
         assert!(Identity::load(&dir).unwrap().is_none());
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_between_half_and_four_fifths_of_its_life() {
+        let identity = identity();
+        let (from, to) = pki::validity(&pki::parse_pem(&identity.cert_pem).unwrap()).unwrap();
+        let life = to.duration_since(from).unwrap();
+        assert!(!identity.renewal_due(from + life.mul_f64(0.49)));
+        assert!(identity.renewal_due(from + life.mul_f64(0.81)));
     }
 
     #[test]

@@ -175,9 +175,23 @@ impl PublicKey {
     /// # Errors
     /// [`PkiError::Key`] for keys of other kinds, [`PkiError::Parse`].
     pub fn of(cert: &CertificateDer<'_>) -> Result<Self, PkiError> {
-        let der = parse_der(cert)?.tbs_certificate.subject_pki.raw.to_vec();
-        let info = SubjectPublicKeyInfo::from_der(&der).map_err(|_| PkiError::Key)?;
-        if info.algorithm() == &PKCS_ECDSA_P256_SHA256 { Ok(Self(der)) } else { Err(PkiError::Key) }
+        Self::from_der(parse_der(cert)?.tbs_certificate.subject_pki.raw)
+    }
+
+    /// As it comes from a node.
+    ///
+    /// # Errors
+    /// [`PkiError::Key`] if it is none, or one of another kind.
+    pub fn from_der(der: &[u8]) -> Result<Self, PkiError> {
+        let info = SubjectPublicKeyInfo::from_der(der).map_err(|_| PkiError::Key)?;
+        let right = info.algorithm() == &PKCS_ECDSA_P256_SHA256;
+        if right { Ok(Self(der.to_vec())) } else { Err(PkiError::Key) }
+    }
+
+    /// DER of SubjectPublicKeyInfo.
+    #[must_use]
+    pub fn der(&self) -> &[u8] {
+        &self.0
     }
 
     /// The key of a pair.

@@ -10,7 +10,8 @@ use openraft::{Config, ConfigError, SnapshotPolicy, StepDownPolicy};
 pub struct RaftConfig {
     /// Where its file is; made if it is not there.
     pub dir: PathBuf,
-    /// This node's number. Never used again by another node, nor by this one with an empty disk.
+    /// This node's number. Never used again by another node, nor by this one with an empty disk:
+    /// it would find itself among the voters of an old log, and might lead them.
     pub number: NodeNumber,
     /// Where the other managers reach it.
     pub address: SocketAddr,

@@ -272,12 +272,24 @@ async fn add(core: &Core, id: u64, member: Member, patience: Duration) -> Verdic
             return done;
         }
     }
-    // Returns once the learner is near the end of the log.
-    match timeout(patience, core.add_learner(id, member, true)).await {
-        Ok(Ok(_)) => {}
+    let deadline = Instant::now() + patience;
+    let learner = match timeout(patience, core.add_learner(id, member, false)).await {
+        Ok(Ok(added)) => added.log_id.index,
         Ok(Err(error)) => return refuse(error),
-        Err(_) => return Verdict::Refused(Refusal::Lagging),
+        Err(_) => return Verdict::Again,
+    };
+    // It must have heard of that itself: one that is not there would be counted on as a voter, and
+    // raft's own idea of "near the end of the log" takes none for that.
+    let patience = deadline.saturating_duration_since(Instant::now());
+    let mut metrics = core.metrics();
+    let there = metrics.wait_until(|now| {
+        let far = now.replication.as_ref().and_then(|all| *all.get(&id)?);
+        now.state != ServerState::Leader || far.is_some_and(|far| far.index >= learner)
+    });
+    if !matches!(timeout(patience, there).await, Ok(Ok(_))) {
+        return Verdict::Refused(Refusal::Lagging);
     }
+    let patience = deadline.saturating_duration_since(Instant::now());
     change(core, ChangeMembers::AddVoterIds(BTreeSet::from([id])), patience).await
 }
 

@@ -11,7 +11,7 @@ use openraft::{
     errors::{InitializeError, RaftError},
 };
 use ring::rand::{SecureRandom, SystemRandom};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 use tokio::{
     sync::{Mutex, watch},
@@ -361,6 +361,12 @@ impl Raft {
         self.0.shared.watch()
     }
 
+    /// This node's number.
+    #[must_use]
+    pub fn number(&self) -> NodeNumber {
+        self.0.config.number
+    }
+
     /// Looks at the local store. Writes wait meanwhile: be brief, never block.
     pub fn read<R>(&self, f: impl FnOnce(&Store) -> R) -> R {
         self.0.shared.read(f)
@@ -368,7 +374,7 @@ impl Raft {
 
     /// Log indexes of the writes that are remembered.
     #[cfg(test)]
-    pub(crate) fn written_at(&self) -> std::collections::BTreeSet<u64> {
+    pub(crate) fn written_at(&self) -> BTreeSet<u64> {
         self.0.shared.written_at()
     }
 
@@ -404,6 +410,62 @@ impl Raft {
     /// [`VoterError`]; trying again is always right.
     pub async fn remove_voter(&self, number: NodeNumber) -> Result<(), VoterError> {
         self.change(number, VoterChange::Remove { id: number.get() }).await
+    }
+
+    /// Whether a node is a voter or a learner, as far as this node has heard.
+    #[must_use]
+    pub fn takes_part(&self, number: NodeNumber) -> bool {
+        let metrics = self.0.core.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().get_node(&number.get()).is_some()
+    }
+
+    /// Whether it is decided that a node is neither: nobody counts on what it voted or kept.
+    #[must_use]
+    pub fn is_out(&self, number: NodeNumber) -> bool {
+        let metrics = self.0.core.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = &metrics.membership_config;
+        let decided =
+            membership.log_id().map(|id| id.index) <= metrics.last_applied.map(|id| id.index);
+        decided && membership.membership().get_node(&number.get()).is_none()
+    }
+
+    /// Gives the leadership to another voter among these: that which is furthest of those heard a
+    /// moment ago. Returns once this node leads no more; at once if it does not.
+    ///
+    /// # Errors
+    /// [`VoterError::NoLeader`] if nobody could take over in time.
+    pub async fn hand_over(&self, among: &BTreeSet<NodeNumber>) -> Result<(), VoterError> {
+        let core = &self.0.core;
+        let heard = self.0.leadership.borrow().reachable.clone();
+        let next = {
+            let metrics = core.metrics();
+            let metrics = metrics.borrow_watched();
+            if metrics.state != ServerState::Leader {
+                return Ok(());
+            }
+            let may = |id: &u64| {
+                let number = NodeNumber::new(*id).ok();
+                *id != metrics.id
+                    && number.is_some_and(|n| among.contains(&n) && heard.contains(&n))
+            };
+            let far = |id: &u64| {
+                let known = metrics.replication.as_ref().and_then(|known| *known.get(id)?);
+                known.map(|id| id.index)
+            };
+            metrics.membership_config.voter_ids().filter(|id| may(id)).max_by_key(far)
+        };
+        let next = next.ok_or(VoterError::NoLeader)?;
+        tracing::info!(next, "handing the leadership over");
+        let asked = core.trigger().transfer_leader(next).await;
+        asked.map_err(|error| VoterError::Stopped(error.to_string()))?;
+        let mut metrics = core.metrics();
+        let over = metrics.wait_until(|now| now.state != ServerState::Leader);
+        match timeout(self.0.config.timers.election_max * 4, over).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(VoterError::NoLeader),
+        }
     }
 
     async fn change(&self, number: NodeNumber, change: VoterChange) -> Result<(), VoterError> {

@@ -1,7 +1,7 @@
 //! Who leads, as this node sees it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
@@ -25,10 +25,12 @@ pub struct Leadership {
     pub term: u64,
     /// The managers that vote.
     pub voters: BTreeMap<NodeNumber, SocketAddr>,
+    /// Those that only follow, yet or still.
+    pub learners: BTreeSet<NodeNumber>,
     /// A leader with a majority behind it is known: writes go through.
     pub has_quorum: bool,
     /// Voters that answered the leader lately, as the leader sees it; empty on followers.
-    pub reachable: std::collections::BTreeSet<NodeNumber>,
+    pub reachable: BTreeSet<NodeNumber>,
 }
 
 /// When a leader was last heard of.
@@ -57,6 +59,7 @@ pub(crate) fn judge(
     let membership = metrics.membership_config.membership();
     let member = |id: u64| Some((NodeNumber::new(id).ok()?, membership.get_node(&id)?.address));
     let voters: BTreeMap<_, _> = membership.voter_ids().filter_map(member).collect();
+    let learners = membership.learner_ids().filter_map(|id| NodeNumber::new(id).ok()).collect();
     let leading = metrics.state == ServerState::Leader && metrics.running_state.is_ok();
     let has_quorum = if leading {
         voters.len() == 1 || metrics.last_quorum_acked.is_some_and(|at| at.elapsed() < patience)
@@ -76,6 +79,7 @@ pub(crate) fn judge(
         leader: metrics.current_leader.filter(|_| has_quorum).and_then(member),
         term: metrics.current_term,
         voters,
+        learners,
         has_quorum,
         reachable,
     }

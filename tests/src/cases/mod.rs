@@ -17,6 +17,7 @@ pub mod node;
 pub mod paths;
 pub mod raft;
 pub mod restart;
+pub mod roles;
 pub mod security;
 pub mod service;
 pub mod trust;

@@ -13,6 +13,7 @@ pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
     Node {
         id: new.id,
         number,
+        voter: None,
         meta: at.made(),
         spec: new.spec.clone(),
         description: new.description.clone(),
@@ -27,7 +28,7 @@ pub(super) fn node_of(at: At, new: &NewNode, number: NodeNumber) -> Node {
     }
 }
 
-/// Removed managers that are remembered. Certificates run out long before so many are.
+/// Removed and demoted managers that are remembered. Certificates run out long before so many are.
 const REMOVED_MAX: usize = 1024;
 
 impl Store {
@@ -35,11 +36,16 @@ impl Store {
         if self.nodes.contains_key(&new.id) {
             return Err(Rejection::Exists(format!("node {} already exists", new.id)));
         }
+        let number = self.lease_number()?;
+        self.nodes.insert(new.id, node_of(at, new, number));
+        Ok(Outcome::Node(number))
+    }
+
+    fn lease_number(&mut self) -> Result<NodeNumber, Rejection> {
         let Some(cluster) = &mut self.cluster else { return Err(no_number()) };
         let number = cluster.next_node;
         cluster.next_node = number.next().ok_or_else(no_number)?;
-        self.nodes.insert(new.id, node_of(at, new, number));
-        Ok(Outcome::Node(number))
+        Ok(number)
     }
 
     pub(super) fn update_node(
@@ -50,7 +56,7 @@ impl Store {
         spec: &NodeSpec,
     ) -> Result<Outcome, Rejection> {
         let managers = self.managers();
-        let node = self.nodes.get_mut(&id).ok_or_else(|| not_found(id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| not_found(id))?;
         if node.meta.version != version {
             return Err(Rejection::OutOfSequence);
         }
@@ -59,8 +65,19 @@ impl Store {
                 "attempting to demote the last manager of the swarm".into(),
             ));
         }
-        node.spec = spec.clone();
-        at.touch(&mut node.meta);
+        let changed = node.spec.role != spec.role;
+        let voter = match spec.role {
+            Role::Manager if changed => Some(self.lease_number()?),
+            Role::Manager | Role::Worker => node.voter,
+        };
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.spec = spec.clone();
+            node.voter = voter;
+            at.touch(&mut node.meta);
+        }
+        if changed {
+            self.no_manager(id, spec.role == Role::Worker);
+        }
         Ok(Outcome::Done)
     }
 
@@ -107,11 +124,6 @@ impl Store {
             )));
         }
         let why = format!("node {} was removed from the cluster", node.name());
-        if let Some(cluster) = self.cluster.as_mut().filter(|_| node.spec.role == Role::Manager) {
-            let excess = (cluster.removed_managers.len() + 1).saturating_sub(REMOVED_MAX);
-            cluster.removed_managers.drain(..excess);
-            cluster.removed_managers.push(id);
-        }
         let orphans: Vec<TaskId> = self
             .tasks
             .values()
@@ -122,8 +134,21 @@ impl Store {
             self.conclude(at, task, TaskState::Orphaned, &why);
         }
         self.local_gateways.remove(&id);
-        self.nodes.remove(&id);
+        if self.nodes.remove(&id).is_some_and(|node| node.spec.role == Role::Manager) {
+            self.no_manager(id, true);
+        }
         Ok(Outcome::Done)
+    }
+
+    /// Remembers that a node is a manager no more, or forgets that.
+    fn no_manager(&mut self, id: NodeId, so: bool) {
+        let Some(cluster) = &mut self.cluster else { return };
+        cluster.removed_managers.retain(|removed| *removed != id);
+        if so {
+            let excess = (cluster.removed_managers.len() + 1).saturating_sub(REMOVED_MAX);
+            cluster.removed_managers.drain(..excess);
+            cluster.removed_managers.push(id);
+        }
     }
 
     /// Whether a node is a manager, or may be one that this store has not heard of yet: what is old

@@ -343,6 +343,38 @@ fn managers_that_were_removed_have_no_voice() {
 }
 
 #[test]
+fn roles_change_and_a_demoted_manager_has_no_voice() {
+    let mut bench = Bench::with_nodes(2);
+    let (first, second) = (node_id(1), node_id(2));
+    let change = |bench: &mut Bench, id, role| {
+        let version = bench.store.nodes[&id].meta.version;
+        let spec = NodeSpec { role, ..bench.store.nodes[&id].spec.clone() };
+        bench.apply(Command::UpdateNode { id, version, spec })
+    };
+    assert_eq!(bench.store.nodes[&second].voter().get(), 2);
+    change(&mut bench, second, Role::Manager).unwrap();
+    assert!(bench.store.may_be_manager(second));
+    // None of the voters that an old log knows.
+    assert_eq!(bench.store.nodes[&second].voter().get(), 3);
+    assert_eq!(bench.store.nodes[&second].number.get(), 2);
+    change(&mut bench, first, Role::Worker).unwrap();
+    assert!(!bench.store.may_be_manager(first));
+    let last = change(&mut bench, second, Role::Worker);
+    assert_eq!(text(last), "attempting to demote the last manager of the swarm");
+    // Not even after it was removed, with a certificate of a manager.
+    bench.apply(Command::RemoveNode { id: first, force: true }).unwrap();
+    assert!(!bench.store.may_be_manager(first));
+    bench.apply(Command::AddNode(Box::new(new_node(3, Role::Worker)))).unwrap();
+    change(&mut bench, node_id(3), Role::Manager).unwrap();
+    change(&mut bench, node_id(3), Role::Worker).unwrap();
+    change(&mut bench, node_id(3), Role::Manager).unwrap();
+    assert!(bench.store.may_be_manager(node_id(3)));
+    assert_eq!(bench.store.nodes[&node_id(3)].voter().get(), 6);
+    let removed = bench.store.cluster.as_ref().map(|cluster| cluster.removed_managers.clone());
+    assert_eq!(removed, Some(vec![first]));
+}
+
+#[test]
 fn a_decision_made_twice_does_no_harm() {
     let mut bench = Bench::with_nodes(1);
     let web = bench.create_service(1, service("web", 1, &[]));

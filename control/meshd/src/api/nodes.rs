@@ -1,12 +1,18 @@
 //! `/nodes`.
 
+use std::collections::BTreeSet;
+
 use axum::{
     Json,
     extract::{Path, State},
 };
 use mesh_api as api;
-use mesh_control::command::Command;
-use mesh_types::Revision;
+use mesh_control::{
+    command::{Command, Rejection},
+    model::{Node, Role},
+    store::Store,
+};
+use mesh_types::{NodeNumber, Revision};
 
 use super::{
     ApiError, Shared, convert, find, read,
@@ -24,7 +30,7 @@ pub(super) async fn list(
     let leadership = backend.leadership();
     let nodes = read(&backend, |store| {
         let cluster = store.cluster.as_ref();
-        let keep = |node: &&mesh_control::model::Node| {
+        let keep = |node: &&Node| {
             filters.any("id", |id| node.id.to_string().starts_with(id))
                 && filters.any("name", |name| node.name().starts_with(name))
                 && filters.any("role", |role| role == convert::node::role(node.spec.role))
@@ -64,12 +70,29 @@ pub(super) async fn update(
     let version = params.version("node")?;
     let version = Revision::new(version).map_err(|err| ApiError::bad_request(err.to_string()))?;
     let sent: api::NodeSpec = body.parse()?;
-    let (id, spec) = read(&backend, |store| {
+    let spec = convert::node::spec(sent)?;
+    let reachable = backend.leadership().map(|known| known.reachable).unwrap_or_default();
+    let id = read(&backend, |store| {
         let node = find::node(store, &id)?;
-        Ok::<_, ApiError>((node.id, convert::node::spec(sent, &node.spec)?))
+        let demoted = node.spec.role == Role::Manager && spec.role == Role::Worker;
+        if demoted && !keeps_quorum(store, node, &reachable) {
+            return Err(ApiError::from(Rejection::Precondition(
+                "can't remove member from the raft: this would result in a loss of quorum".into(),
+            )));
+        }
+        Ok(node.id)
     })??;
     backend.propose(Command::UpdateNode { id, version, spec }).await?;
     Ok(())
+}
+
+/// Whether a majority of the managers that stay answers. Without any it is the last one: the store
+/// has another word for that.
+fn keeps_quorum(store: &Store, without: &Node, reachable: &BTreeSet<NodeNumber>) -> bool {
+    let stay = |node: &&Node| node.spec.role == Role::Manager && node.id != without.id;
+    let stay: Vec<&Node> = store.nodes.values().filter(stay).collect();
+    let answer = stay.iter().filter(|node| reachable.contains(&node.number)).count();
+    stay.is_empty() || answer > stay.len() / 2
 }
 
 /// `DELETE /nodes/{id}`.

@@ -1,6 +1,11 @@
 //! What the API asks of the node.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use mesh_control::{
@@ -10,7 +15,7 @@ use mesh_control::{
     token::JoinToken,
 };
 use mesh_raft::{ProposeError, ReadError};
-use mesh_types::{NodeId, TaskId};
+use mesh_types::{NodeId, NodeNumber, TaskId};
 use tokio::sync::mpsc;
 
 use super::{Node, State, bootstrap, exec, logs, manager::Manager, member::Member};
@@ -47,7 +52,7 @@ impl Node {
 
     fn manager(&self) -> Result<(Arc<Member>, Arc<Manager>), ApiError> {
         let member = self.member()?;
-        let manager = member.manager.clone().ok_or_else(ApiError::worker)?;
+        let manager = member.manager().ok_or_else(ApiError::worker)?;
         Ok((member, manager))
     }
 
@@ -66,7 +71,7 @@ impl Node {
     /// Changes the membership; one change at a time.
     async fn become_member(
         &self,
-        make: impl Future<Output = Result<Member, ApiError>>,
+        make: impl Future<Output = Result<Arc<Member>, ApiError>>,
     ) -> Result<NodeId, ApiError> {
         let Ok(_changing) = self.changing.try_lock() else {
             return Err(ApiError::unavailable("this node is joining or leaving already"));
@@ -77,8 +82,8 @@ impl Node {
         self.set_state(State::Pending);
         match make.await {
             Ok(member) => {
-                let node = member.identity.node;
-                self.set_state(State::Active(Arc::new(member)));
+                let node = member.identity().node;
+                self.set_state(State::Active(member));
                 Ok(node)
             }
             Err(error) => {
@@ -127,8 +132,8 @@ impl Node {
                 )));
             }
         };
-        if member.identity.role == Role::Manager && !force {
-            let (managers, reachable) = member.manager.as_ref().map_or((1, 1), |manager| {
+        if member.identity().role == Role::Manager && !force {
+            let (managers, reachable) = member.manager().map_or((1, 1), |manager| {
                 let reachable = self.leadership().map_or(0, |l| l.reachable.len());
                 (manager.managers().len(), reachable)
             });
@@ -154,11 +159,12 @@ impl Backend for Node {
                 engine.tasks_running =
                     member.agent.snapshot().tasks.values().filter(|t| running(t)).count();
                 let settings = member.settings.borrow();
+                let identity = member.identity();
                 SwarmState::Active(Membership {
-                    node: member.identity.node,
-                    number: member.identity.number,
-                    cluster: member.identity.cluster,
-                    role: member.identity.role,
+                    node: identity.node,
+                    number: identity.number,
+                    cluster: identity.cluster,
+                    role: identity.role,
                     address: settings.address.ip(),
                     managers: settings.managers.iter().map(|m| (m.node, m.address)).collect(),
                 })
@@ -175,14 +181,22 @@ impl Backend for Node {
         if !leadership.has_quorum {
             return None;
         }
-        let mut reachable = if leadership.me_leader {
-            leadership.reachable.clone()
+        // Voters have numbers of their own.
+        let nodes: BTreeMap<NodeNumber, NodeNumber> = manager
+            .raft
+            .read(|store| store.nodes.values().map(|n| (n.voter(), n.number)).collect());
+        let node = |voter: &NodeNumber| nodes.get(voter).copied();
+        let mut reachable: BTreeSet<NodeNumber> = if leadership.me_leader {
+            leadership.reachable.iter().filter_map(node).collect()
         } else {
             let alive = member.alive();
-            leadership.voters.keys().filter(|n| alive.contains(n)).copied().collect()
+            leadership.voters.keys().filter_map(node).filter(|n| alive.contains(n)).collect()
         };
+        let leader = node(&leader)?;
         reachable.insert(leader);
-        reachable.insert(member.identity.number);
+        // Itself, once it is among them.
+        let own = leadership.voters.contains_key(&manager.raft.number());
+        reachable.extend(own.then(|| member.identity().number));
         Some(Leadership { leader, reachable })
     }
 
@@ -297,7 +311,7 @@ impl Backend for Node {
 
     async fn node_stats(&self, node: Option<NodeId>) -> Result<NodeStats, ApiError> {
         let member = self.member()?;
-        let own = member.identity.node;
+        let own = member.identity().node;
         let (node, hostname, counters) = match node.filter(|node| *node != own) {
             None => {
                 let counters = member.handler.counters().await;

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -44,7 +45,7 @@ pub(crate) async fn init(
     options: &Options,
     engine: &EngineFacts,
     request: InitRequest,
-) -> Result<Member, ApiError> {
+) -> Result<Arc<Member>, ApiError> {
     let ip = match advertised(options, request.advertise.as_ref())? {
         Some(ip) => ip,
         None => only_address()?,
@@ -65,6 +66,7 @@ pub(crate) async fn init(
         node,
         // The store gives the first manager this number.
         number: NodeNumber::MIN,
+        voter: NodeNumber::MIN,
         cluster,
         role: Role::Manager,
         ca_pem: root.cert_pem.clone(),
@@ -124,7 +126,7 @@ pub(crate) async fn join(
     options: &Options,
     engine: &EngineFacts,
     request: JoinRequest,
-) -> Result<Member, ApiError> {
+) -> Result<Arc<Member>, ApiError> {
     let token: JoinToken = request.token.parse().map_err(|_| ApiError::invalid_token())?;
     let advertise = advertised(options, request.advertise.as_ref())?;
     let vtep = data_path(options, request.data_path.as_ref())?;
@@ -144,6 +146,7 @@ pub(crate) async fn join(
     let identity = Identity {
         node: answer.node,
         number: answer.number,
+        voter: answer.number,
         cluster: pki::subject(&pki::parse_pem(&answer.cert_pem).map_err(internal)?)
             .map_err(internal)?
             .cluster,
@@ -182,7 +185,7 @@ async fn begin(
     identity: Identity,
     settings: Settings,
     raft: Option<(Raft, RpcClient)>,
-) -> Result<Member, ApiError> {
+) -> Result<Arc<Member>, ApiError> {
     let started = Member::start(options, engine, identity, settings, raft).await;
     started.map_err(|error| match member::forget(options) {
         Ok(()) => internal(error),

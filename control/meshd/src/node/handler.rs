@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::SocketAddr,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use mesh_control::{
     command::{Command, NewNode, Outcome},
-    model::{NodeSpec, Role},
+    model::{Node, NodeSpec, Role},
     token::JoinToken,
 };
 use mesh_raft::{ProposeError, RpcKind};
@@ -39,8 +39,8 @@ use crate::{
         frames::{FrameReader, FrameWriter},
         messages::{
             CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
-            LogsOutput, LogsRequest, ManagerAddress, NodeUpdate, ReportRequest, ReportResponse,
-            SessionRequest, StatsResponse,
+            LogsOutput, LogsRequest, ManagerAddress, NodeUpdate, RenewRequest, RenewResponse,
+            ReportRequest, ReportResponse, SessionRequest, StatsResponse,
         },
     },
 };
@@ -54,8 +54,8 @@ const CATCH_UP: Duration = Duration::from_secs(3);
 /// first (raft needs it), so they are filled in as they start.
 #[derive(Default)]
 pub(crate) struct Handler {
-    /// Managers only.
-    pub(crate) manager: OnceLock<Arc<Manager>>,
+    /// Of managers only; nodes become managers and workers again.
+    manager: RwLock<Option<Arc<Manager>>>,
     /// Runs the tasks.
     pub(crate) agent: OnceLock<AgentHandle>,
     /// For the counters.
@@ -87,8 +87,14 @@ fn not_proposed(error: &ProposeError) -> RpcError {
 }
 
 impl Handler {
-    fn manager(&self) -> Result<&Arc<Manager>, RpcError> {
-        self.manager.get().ok_or_else(|| unavailable("this node is no manager, or still starting"))
+    /// What calls to a manager come to from now on.
+    pub(crate) fn set_manager(&self, manager: Option<Arc<Manager>>) {
+        *self.manager.write().unwrap_or_else(PoisonError::into_inner) = manager;
+    }
+
+    fn manager(&self) -> Result<Arc<Manager>, RpcError> {
+        let manager = self.manager.read().unwrap_or_else(PoisonError::into_inner).clone();
+        manager.ok_or_else(|| unavailable("this node is no manager, or still starting"))
     }
 
     /// Refuses one that is no manager any more, whatever its certificate says.
@@ -125,7 +131,7 @@ impl Handler {
     }
 
     /// The manager's side, for a node of the cluster. `NotFound` is final: the node was removed.
-    async fn known(&self, node: NodeId) -> Result<&Arc<Manager>, RpcError> {
+    async fn known(&self, node: NodeId) -> Result<Arc<Manager>, RpcError> {
         let manager = self.manager()?;
         let known = || manager.raft.read(|store| store.nodes.contains_key(&node));
         if known() {
@@ -151,7 +157,7 @@ async fn current(manager: &Manager) -> Result<(), RpcError> {
 #[async_trait]
 impl RpcHandler for Handler {
     async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
-        admit(self.manager()?, &from, request).await
+        admit(&*self.manager()?, &from, request).await
     }
 
     async fn raft(&self, from: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
@@ -160,11 +166,13 @@ impl RpcHandler for Handler {
         // behind may not know its leader yet. The leader knows all.
         let manager = self.manager()?;
         let leads = manager.raft.leadership().borrow().me_leader;
-        let heard = manager.raft.read(|store| {
+        let (heard, number) = manager.raft.read(|store| {
             let known = store.cluster.is_none() || store.nodes.contains_key(&from.node);
-            store.may_be_manager(from.node) && (known || !leads)
+            let heard = store.may_be_manager(from.node) && (known || !leads);
+            (heard, store.nodes.get(&from.node).map(Node::voter))
         });
-        if !heard {
+        // One that is being demoted goes on until the others are enough without its vote.
+        if !heard && !number.is_some_and(|number| manager.raft.takes_part(number)) {
             return Err(denied(format!("node {} is no manager of this cluster", from.node)));
         }
         manager.raft.serve(kind, body).await.map_err(unavailable)
@@ -175,7 +183,7 @@ impl RpcHandler for Handler {
         from: Subject,
         request: SessionRequest,
     ) -> Result<BoxStream<'static, NodeUpdate>, RpcError> {
-        let manager = Arc::clone(self.manager()?);
+        let manager = self.manager()?;
         // One that is behind would send older tasks, and one that is cut off never learns that it,
         // or the node, was removed.
         current(&manager).await?;
@@ -214,7 +222,9 @@ impl RpcHandler for Handler {
     ) -> Result<ReportResponse, RpcError> {
         let manager = self.known(from.node).await?;
         manager.heard(&[from.node]);
-        if from.role == Role::Manager {
+        // Its certificate may be older than its role.
+        let manages = manager.raft.read(|store| store.may_be_manager(from.node));
+        if from.role == Role::Manager && manages {
             manager.heard(&manager.nodes_of(request.heard, |node| *node));
             for (node, revision) in manager.nodes_of(request.acks, |(node, _)| *node) {
                 manager.acked(node, revision);
@@ -250,6 +260,33 @@ impl RpcHandler for Handler {
                 let _ = output.send(&ExecOutput::Failed(error.message)).await;
             }
         }
+    }
+
+    async fn renew(&self, from: Subject, request: RenewRequest) -> Result<RenewResponse, RpcError> {
+        let invalid = |error| RpcError::new(RpcErrorKind::Invalid, error);
+        let key = pki::PublicKey::from_der(&request.public_key).map_err(invalid)?;
+        let manager = self.known(from.node).await?;
+        current(&manager).await?;
+        let (node, cluster) = manager
+            .raft
+            .read(|store| Some((store.nodes.get(&from.node)?.clone(), store.cluster.clone()?)))
+            .ok_or_else(|| unavailable("the node or its cluster is gone"))?;
+        // One that became a manager again meanwhile is a worker first: its store goes, and nobody
+        // may count on it then.
+        let role = match request.voter {
+            Some(voter) if voter != node.voter() => Role::Worker,
+            _ => node.spec.role,
+        };
+        if role == Role::Worker && request.voter.is_some_and(|voter| !manager.raft.is_out(voter)) {
+            return Err(unavailable("the node's vote is still being given back"));
+        }
+        let internal = |error| RpcError::new(RpcErrorKind::Internal, error);
+        let root = Root { cert_pem: cluster.ca_cert_pem, key_pem: cluster.ca_key_pem.into() };
+        let subject = Subject { node: from.node, role, cluster: cluster.id };
+        let life = Duration::from_secs(cluster.spec.certificate_secs);
+        let cert_pem = root.sign(subject, &key, life, SystemTime::now()).map_err(internal)?;
+        tracing::info!(node = %from.node, ?role, "signed a node's new key");
+        Ok(RenewResponse { role, voter: node.voter(), cert_pem })
     }
 
     async fn logs(&self, from: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
@@ -293,8 +330,12 @@ struct Feed {
 }
 
 impl Feed {
-    /// What the node does not have yet; `None` when it is no longer of the cluster.
+    /// What the node does not have yet; `None` when it is no longer of the cluster, or this node no
+    /// longer a manager.
     fn step(&mut self, manager: &Manager) -> Option<NodeUpdate> {
+        if manager.is_closed() {
+            return None;
+        }
         let view = manager.view(self.node, self.revision, &self.held)?;
         self.revision = view.delta.to;
         self.held.clone_from(&view.delta.scopes);
@@ -328,7 +369,7 @@ fn addresses(manager: &Manager) -> Vec<ManagerAddress> {
     let mut managers: Vec<ManagerAddress> = manager
         .managers()
         .iter()
-        .map(|n| ManagerAddress { node: n.id, number: n.number, address: n.address })
+        .map(|n| ManagerAddress { node: n.id, number: n.voter(), address: n.address })
         .collect();
     managers.sort_unstable();
     managers

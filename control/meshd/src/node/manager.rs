@@ -3,7 +3,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -41,6 +44,7 @@ pub(crate) struct Manager {
     acked: Mutex<BTreeMap<NodeId, Revision>>,
     /// Nodes acknowledged something: the leader's loops may go on, others pass it to the leader.
     news: Notify,
+    closed: AtomicBool,
 }
 
 impl std::fmt::Debug for Manager {
@@ -75,7 +79,18 @@ impl Manager {
             log: Mutex::default(),
             acked: Mutex::default(),
             news: Notify::new(),
+            closed: AtomicBool::new(false),
         })
+    }
+
+    /// This node is no manager any more: its sessions with others end.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// See [`Manager::close`].
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     /// Proposes with this node's clock, on whichever manager leads.
@@ -185,7 +200,7 @@ impl Manager {
         let mut managers: Vec<Node> = self.raft.read(|store| {
             store.nodes.values().filter(|n| n.spec.role == Role::Manager).cloned().collect()
         });
-        managers.sort_by_key(|node| Some(node.number) != leader);
+        managers.sort_by_key(|node| Some(node.voter()) != leader);
         managers
     }
 
@@ -257,7 +272,8 @@ impl Manager {
             revisions.borrow_and_update();
             let leading = leadership.borrow_and_update().clone();
             if leading.me_leader {
-                self.align_voters(&leading.voters.keys().copied().collect()).await;
+                let voters = leading.voters.keys().copied().collect();
+                self.align_voters(&voters, &leading.learners).await;
             }
         }
     }
@@ -298,24 +314,32 @@ impl Manager {
     }
 
     /// Every manager that is alive votes; nobody else does. One change at a time.
-    async fn align_voters(&self, voters: &BTreeSet<NodeNumber>) {
+    async fn align_voters(&self, voters: &BTreeSet<NodeNumber>, learners: &BTreeSet<NodeNumber>) {
         let recent: BTreeSet<NodeId> =
             lock(&self.liveness).recent(clock::monotonic(), HEARTBEAT * 2).into_iter().collect();
-        let (add, remove) = self.raft.read(|store| {
+        let (add, keep) = self.raft.read(|store| {
             let managers = || store.nodes.values().filter(|n| n.spec.role == Role::Manager);
             // One that leaves is down in the store at once, though it was heard a moment ago.
             let alive = |n: &&Node| n.status.state == NodeState::Ready && recent.contains(&n.id);
             let add = managers()
-                .filter(|n| !voters.contains(&n.number))
+                .filter(|n| !voters.contains(&n.voter()))
                 .find(alive)
-                .map(|n| (n.number, n.address));
-            let keep: BTreeSet<NodeNumber> = managers().map(|n| n.number).collect();
-            (add, voters.difference(&keep).next().copied())
+                .map(|n| (n.voter(), n.address));
+            let keep: BTreeSet<NodeNumber> = managers().map(Node::voter).collect();
+            (add, keep)
         });
+        // Itself last: others can do that, once they lead.
+        let me = self.raft.number();
+        let others = voters.union(learners).filter(|number| !keep.contains(number));
+        let remove = others.copied().max_by_key(|number| *number != me);
         if let Some((number, address)) = add {
             tracing::info!(%number, %address, "adding a voter");
             if let Err(error) = self.raft.add_voter(number, address).await {
                 tracing::warn!(%number, %error, "could not add a voter");
+            }
+        } else if remove == Some(me) {
+            if let Err(error) = self.raft.hand_over(&keep).await {
+                tracing::warn!(%error, "this manager is demoted, and could not hand over yet");
             }
         } else if let Some(number) = remove {
             tracing::info!(%number, "removing a voter");

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -26,6 +26,7 @@ use super::{
     persist::{self, Settings},
     plumbing::Plumbing,
     probe,
+    role::{self, ManagerParts},
     session::Session,
 };
 use crate::{
@@ -55,12 +56,10 @@ const COMPARE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A node that is in a cluster.
 pub(crate) struct Member {
-    /// Who it is.
-    pub(crate) identity: Identity,
+    /// Who it is; see [`Member::identity`].
+    pub(super) identity: RwLock<Arc<Identity>>,
     /// How it is reached and whom it knows.
     pub(crate) settings: watch::Receiver<Arc<Settings>>,
-    /// Its share of the control plane, if it is a manager.
-    pub(crate) manager: Option<Arc<Manager>>,
     /// Calls other nodes.
     pub(crate) client: RpcClient,
     /// Runs its tasks.
@@ -71,10 +70,14 @@ pub(crate) struct Member {
     pub(crate) handler: Arc<Handler>,
     resolver: Arc<Resolver>,
     gossip: Arc<Mutex<Option<Shell>>>,
-    options: Options,
+    pub(super) options: Options,
     tasks: Tasks,
     probes: probe::Handle,
-    _servers: Vec<RpcServer>,
+    /// Listens for the calls that every node answers.
+    pub(super) server: RpcServer,
+    parts: Mutex<Option<ManagerParts>>,
+    /// Held while it changes its role; true once it leaves.
+    pub(super) leaving: tokio::sync::Mutex<bool>,
 }
 
 /// What runs beside; ended when dropped, also by a start that fails half-way.
@@ -107,14 +110,14 @@ pub(crate) async fn start_raft(
     resume: bool,
 ) -> Result<Raft> {
     let mut config =
-        RaftConfig::new(options.raft_dir(), identity.number, address, identity.data_key);
+        RaftConfig::new(options.raft_dir(), identity.voter, address, identity.data_key);
     config.resume = resume;
     let transport = Arc::new(RaftTransport::new(client.clone()));
     Raft::start(config, transport).await.context("starting the store")
 }
 
 /// Everything of an address family.
-fn any(like: IpAddr, port: u16) -> SocketAddr {
+pub(super) fn any(like: IpAddr, port: u16) -> SocketAddr {
     match like {
         IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, port).into(),
         IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, port).into(),
@@ -129,7 +132,7 @@ impl Member {
         identity: Identity,
         settings: Settings,
         raft: Option<(Raft, RpcClient)>,
-    ) -> Result<Self> {
+    ) -> Result<Arc<Self>> {
         let (raft, client) = match raft {
             Some((raft, client)) => (Some(raft), client),
             None => (None, RpcClient::new(ClientTls::member(&identity)?)),
@@ -137,31 +140,30 @@ impl Member {
         let handler = Arc::new(Handler::default());
         let tls = ServerTls::new(&identity)?;
         let advertised = settings.address;
-        let mut ports = vec![GOSSIP_PORT];
-        if identity.role == Role::Manager {
-            ports.push(advertised.port());
-        }
-        let mut servers = Vec::new();
-        for port in ports {
-            let address = any(advertised.ip(), port);
-            servers.push(RpcServer::bind(address, tls.clone(), handler.clone()).await?);
-        }
+        let listen = |port| {
+            RpcServer::bind(any(advertised.ip(), port), tls.clone(), Arc::clone(&handler) as _)
+        };
+        let server = listen(GOSSIP_PORT).await?;
+        let managers_server = match identity.role {
+            Role::Manager => Some(listen(advertised.port()).await?),
+            Role::Worker => {
+                // Of a demotion that a crash cut short.
+                remove_store(options)?;
+                None
+            }
+        };
         // Here, for a port that another program has must be found out before the kernel is touched.
         let gossip = start_gossip(&identity, &settings, client.clone())?;
         let _ = handler.gossip.set(gossip.answers());
         let mut tasks = Tasks::default();
-        let manager = match identity.role {
-            Role::Worker => None,
-            Role::Manager => {
+        let parts = match managers_server {
+            None => None,
+            Some(server) => {
                 let raft = match raft {
                     Some(raft) => raft,
                     None => start_raft(options, &identity, advertised, &client, true).await?,
                 };
-                let manager = Manager::new(raft);
-                let _ = handler.manager.set(Arc::clone(&manager));
-                let forward = Forward { client: client.clone() };
-                tasks.spawn(Arc::clone(&manager).run(forward));
-                Some(manager)
+                Some(role::lead(&handler, &client, Manager::new(raft), server))
             }
         };
         let (records, watched) = watch::channel(Arc::new(persist::records(&options.state_dir)));
@@ -221,9 +223,8 @@ impl Member {
         };
         tasks.spawn(session.run());
         let member = Self {
-            identity,
+            identity: RwLock::new(Arc::new(identity)),
             settings: settings_watched,
-            manager,
             client,
             agent,
             dataplane,
@@ -233,12 +234,31 @@ impl Member {
             options: options.clone(),
             tasks,
             probes,
-            _servers: servers,
+            server,
+            parts: Mutex::new(parts),
+            leaving: tokio::sync::Mutex::new(false),
         };
         let silent = member.probes.silent.clone();
         member.follow(watched, |shell, records| shell.update_members(expected(records)));
         member.follow(silent, |shell, silent| shell.set_silent(silent.clone()));
+        let member = Arc::new(member);
+        tokio::spawn(role::keep(Arc::downgrade(&member), member.settings.clone()));
         Ok(member)
+    }
+
+    /// Who it is now: its role and certificate change.
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        Arc::clone(&self.identity.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What makes it a manager, if it is one.
+    pub(super) fn parts(&self) -> MutexGuard<'_, Option<ManagerParts>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its share of the control plane, if it is a manager.
+    pub(crate) fn manager(&self) -> Option<Arc<Manager>> {
+        self.parts().as_ref().map(|parts| Arc::clone(&parts.manager))
     }
 
     /// Tells gossip of every change of a value, until it ends.
@@ -267,13 +287,14 @@ impl Member {
             .map(|shell| shell.members().borrow().keys().copied().collect())
             .unwrap_or_default();
         drop(gossip);
-        alive.insert(self.identity.number);
+        alive.insert(self.identity().number);
         alive
     }
 
     /// Leaves: ends the tasks, takes all kernel state away, forgets the cluster. Goes on past
     /// failures and returns the first: the node is out either way.
     pub(crate) async fn leave(self: Arc<Self>) -> Result<()> {
+        *self.leaving.lock().await = true;
         let mut first = None;
         let mut note = |what: &str, result: Result<()>| {
             if let Err(error) = result {
@@ -294,8 +315,9 @@ impl Member {
             gossip.leave().await;
         }
         note("taking down the data plane", self.dataplane.teardown().await);
-        if let Some(manager) = &self.manager {
-            manager.raft.shutdown().await;
+        let parts = self.parts().take();
+        if let Some(parts) = parts {
+            parts.manager.raft.shutdown().await;
         }
         self.resolver.shutdown().await;
         note("forgetting the cluster", forget(&self.options));
@@ -304,8 +326,8 @@ impl Member {
 
     /// The managers that stay must not need this one's vote: of two, one alone is no majority.
     async fn give_vote_back(&self) -> Result<()> {
-        let Some(manager) = &self.manager else { return Ok(()) };
-        let removed = manager.raft.remove_voter(self.identity.number);
+        let Some(manager) = self.manager() else { return Ok(()) };
+        let removed = manager.raft.remove_voter(manager.raft.number());
         tokio::time::timeout(VOTE_PATIENCE, removed)
             .await
             .context("no majority agreed in time: `node rm --force` this node on a manager")??;
@@ -316,7 +338,8 @@ impl Member {
     /// Whether one was told.
     async fn tell_others(&self) -> bool {
         let managers = self.settings.borrow().managers.clone();
-        for manager in managers.into_iter().filter(|m| m.node != self.identity.node) {
+        let own = self.identity().node;
+        for manager in managers.into_iter().filter(|m| m.node != own) {
             let told: Result<(), _> = self
                 .client
                 .call(
@@ -363,6 +386,17 @@ pub(crate) async fn sweep(options: &Options) -> Result<()> {
     forget(options)
 }
 
+/// Removes what a manager keeps on disk beside its identity.
+pub(super) fn remove_store(options: &Options) -> Result<()> {
+    let dir = options.raft_dir();
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Removes what a member keeps on disk.
 pub(crate) fn forget(options: &Options) -> Result<()> {
     Identity::remove(&options.state_dir)?;
@@ -379,8 +413,8 @@ pub(crate) fn forget(options: &Options) -> Result<()> {
     Ok(())
 }
 
-struct Forward {
-    client: RpcClient,
+pub(super) struct Forward {
+    pub(super) client: RpcClient,
 }
 
 impl AsyncForward for Forward {

@@ -3,6 +3,7 @@
 //! - [`bootstrap`] makes members, [`member`] brings their parts up and down.
 //! - [`session`] keeps records and assignments coming, [`plumbing`] plugs tasks in, [`dataplane`]
 //!   drives the kernel.
+//! - [`role`] makes a member a manager, and a worker again.
 //! - [`manager`] runs the leader's loops; [`handler`] answers other nodes; [`backend`] the API.
 
 mod backend;
@@ -19,6 +20,7 @@ mod member;
 mod persist;
 mod plumbing;
 mod probe;
+mod role;
 mod session;
 
 use std::{
@@ -101,7 +103,7 @@ async fn resume(options: &Options, engine: &EngineFacts, identity: Identity) -> 
         Err(error) => Err(error),
     };
     match started {
-        Ok(member) => State::Active(Arc::new(member)),
+        Ok(member) => State::Active(member),
         Err(error) => {
             let text = format!("{error:#}");
             tracing::error!(error = %text, "this node cannot take up its membership");

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub struct ManagerAddress {
     /// Its id.
     pub node: NodeId,
-    /// Its number.
+    /// Its number among the voters.
     pub number: NodeNumber,
     /// Its address for other nodes.
     pub address: SocketAddr,
@@ -261,4 +261,24 @@ pub struct LogLine {
     pub at_ns: i64,
     /// With its newline, if it has one.
     pub text: Bytes,
+}
+
+/// [`Route::Renew`](super::Route::Renew). Who asks is in the certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewRequest {
+    /// The new key's public half, DER of SubjectPublicKeyInfo.
+    pub public_key: Bytes,
+    /// Under which number it has a store.
+    pub voter: Option<NodeNumber>,
+}
+
+/// The answer to a [`RenewRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewResponse {
+    /// The role that the certificate says.
+    pub role: Role,
+    /// Its number among the voters.
+    pub voter: NodeNumber,
+    /// The certificate, PEM.
+    pub cert_pem: String,
 }

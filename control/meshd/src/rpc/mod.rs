@@ -38,6 +38,8 @@ pub enum Route {
     Report,
     /// A command in a task, for its node to run.
     Exec,
+    /// A node asks for a certificate of its role, as the store has it, for a new key.
+    Renew,
     /// The output of tasks, from their node.
     Logs,
     /// A node's counters.
@@ -60,6 +62,7 @@ impl Route {
             Self::Session => "/session".into(),
             Self::Report => "/report".into(),
             Self::Exec => "/exec".into(),
+            Self::Renew => "/renew".into(),
             Self::Logs => "/logs".into(),
             Self::Stats => "/stats".into(),
             Self::Leave => "/leave".into(),
@@ -75,6 +78,7 @@ impl Route {
             "/session" => Self::Session,
             "/report" => Self::Report,
             "/exec" => Self::Exec,
+            "/renew" => Self::Renew,
             "/logs" => Self::Logs,
             "/stats" => Self::Stats,
             "/leave" => Self::Leave,
@@ -93,7 +97,10 @@ impl Route {
                 Self::Raft(_) | Self::Exec | Self::Logs | Self::Stats,
                 Peer::Node(Subject { role, .. }),
             ) => *role == Role::Manager,
-            (Self::Session | Self::Report | Self::Leave | Self::AntiEntropy, Peer::Node(_)) => true,
+            (
+                Self::Session | Self::Report | Self::Renew | Self::Leave | Self::AntiEntropy,
+                Peer::Node(_),
+            ) => true,
             (_, Peer::Joiner(_)) | (Self::Join, Peer::Node(_)) => false,
         }
     }
@@ -105,7 +112,8 @@ impl Route {
             Self::Raft(RpcKind::Snapshot) => 256 * MIB,
             Self::Raft(_) => 16 * MIB,
             Self::Report | Self::AntiEntropy => 16 * MIB,
-            Self::Join | Self::Session | Self::Exec | Self::Logs | Self::Stats | Self::Leave => MIB,
+            Self::Join | Self::Session | Self::Exec | Self::Renew | Self::Logs => MIB,
+            Self::Stats | Self::Leave => MIB,
         }
     }
 }

@@ -31,7 +31,8 @@ use super::{
     frames::{self, FRAME_LIMIT, FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogsOutput, LogsRequest,
-        NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
+        NodeUpdate, RenewRequest, RenewResponse, ReportRequest, ReportResponse, SessionRequest,
+        StatsResponse,
     },
 };
 use crate::{
@@ -93,6 +94,9 @@ pub trait RpcHandler: Send + Sync + 'static {
         input: FrameReader<ExecInput>,
         output: FrameWriter<ExecOutput>,
     );
+
+    /// Signs a node's new key, for the role that the store says.
+    async fn renew(&self, from: Subject, request: RenewRequest) -> Result<RenewResponse, RpcError>;
 
     /// Sends the output of tasks of this node; it ends when the writer is dropped.
     async fn logs(&self, from: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>);
@@ -362,6 +366,10 @@ async fn member_call(
                 }
             });
             Ok(Response::new(BoxBody::new(body)))
+        }
+        Route::Renew => {
+            let request = message(&read(body, route).await?)?;
+            done(&handler.renew(from, request).await?)
         }
         Route::Logs => {
             let request = message(&read(body, route).await?)?;

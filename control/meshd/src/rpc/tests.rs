@@ -29,7 +29,8 @@ use super::{
     frames::{FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogLine, LogsOutput,
-        LogsRequest, NodeUpdate, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
+        LogsRequest, NodeUpdate, RenewRequest, RenewResponse, ReportRequest, ReportResponse,
+        SessionRequest, StatsResponse,
     },
 };
 use crate::{
@@ -63,6 +64,7 @@ impl Cluster {
         Identity {
             node: subject.node,
             number: NodeNumber::new(n).unwrap(),
+            voter: NodeNumber::new(n).unwrap(),
             cluster: self.id,
             role,
             ca_pem: self.root.cert_pem.clone(),
@@ -145,6 +147,12 @@ impl RpcHandler for Echo {
         output.send(&ExecOutput::Exit(code)).await.unwrap();
     }
 
+    async fn renew(&self, from: Subject, _: RenewRequest) -> Result<RenewResponse, RpcError> {
+        self.count();
+        let voter = NodeNumber::MIN;
+        Ok(RenewResponse { role: from.role, voter, cert_pem: String::new() })
+    }
+
     async fn logs(&self, _: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
         self.count();
         for (task, at_ns) in request.tasks {
@@ -196,6 +204,7 @@ fn all_routes() -> Vec<Route> {
         Route::Report,
         Route::Exec,
         Route::Logs,
+        Route::Renew,
         Route::Stats,
         Route::Leave,
         Route::AntiEntropy,

@@ -349,7 +349,9 @@ async fn nodes_and_tokens_change_by_version() {
     let (id, version) = (node["ID"].as_str().unwrap(), node["Version"]["Index"].as_u64().unwrap());
     let update = format!("/nodes/{id}/update?version={version}");
     let spec = |role| json!({"Labels": {"a": "b"}, "Role": role, "Availability": "drain"});
-    assert_eq!(server.post(&update, spec("worker")).await.0, 501);
+    let refused = server.post(&update, spec("worker")).await;
+    assert_eq!(refused.0, 400);
+    assert!(message(&refused.1).contains("attempting to demote the last manager"));
     assert_eq!(server.post(&update, spec("manager")).await.0, 200);
     let (_, node) = server.get("/nodes/m1").await;
     assert_eq!(node["Spec"], spec("manager"));

@@ -88,7 +88,8 @@ async fn swarm_and_node_verbs() {
     let refused = docker.fails("node rm m1").await;
     assert!(refused.contains("last manager of the swarm"), "{refused}");
     assert!(docker.ok("node inspect --pretty m1").await.contains("Hostname"));
-    assert!(docker.fails("node demote m1").await.contains("not implemented"));
+    assert!(docker.fails("node demote m1").await.contains("demote the last manager"));
+    assert!(docker.ok("node promote m1").await.contains("is already a manager"));
     let version = docker.ok("version").await;
     assert!(version.contains("1.51 (minimum version 1.24)"), "{version}");
     assert!(docker.ok("info").await.contains("Managers: 1"));

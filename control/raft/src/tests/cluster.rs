@@ -229,6 +229,36 @@ async fn voters_come_and_go() {
     assert!(matches!(sole.node(1).remove_voter(number(1)).await, Err(VoterError::Last)));
 }
 
+/// As a demoted manager that becomes one again, under a new number.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_hands_over_and_goes() {
+    let net = Net::group("roles", 3, 1000).await;
+    let (id, leader) = net.leader(0, PATIENCE).await;
+    write(&leader, 1).await.unwrap();
+    let all = (1..=3).map(number).collect();
+    let others = (1..=3).filter(|other| *other != id).map(number).collect();
+    assert!(matches!(leader.hand_over(&[number(id)].into()).await, Err(VoterError::NoLeader)));
+    let start = Instant::now();
+    leader.hand_over(&others).await.unwrap();
+    let (_, next) = net.leader(id, PATIENCE).await;
+    write(&next, 2).await.unwrap();
+    let took = start.elapsed();
+    eprintln!("handed over, and a write, in {took:?}");
+    // Asked again, it has nothing to hand over.
+    leader.hand_over(&all).await.unwrap();
+    assert!(leader.takes_part(number(id)) && !next.is_out(number(id)));
+    next.remove_voter(number(id)).await.unwrap();
+    next.read_barrier().await.unwrap();
+    assert!(next.is_out(number(id)) && !next.takes_part(number(id)));
+    drop(leader);
+    net.stop(id).await;
+    write(&next, 3).await.unwrap();
+    let again = net.start(4).await;
+    next.add_voter(number(4), address(4)).await.unwrap();
+    until(&next, "three voters", |now| now.voters.len() == 3).await;
+    assert_eq!(again.writes().len(), 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_entry_and_a_wrong_key_are_refused() {
     let net = Net::group("damage", 1, 1000).await;

@@ -2,7 +2,7 @@
 //! linearizable, and nothing that was acknowledged is lost.
 //!
 //! Method: groups in this process, clients on all nodes, and for some seconds kills, restarts,
-//! partitions (one-way ones too), loss and delay. All choices come from a seed; the threads' own
+//! partitions (one-way ones too), loss and delay, voters that go and come back. All choices come from a seed; the threads' own
 //! interleaving does not, so a seed that failed may have to be run several times. Each seed has
 //! three registers: the two join secrets are written blindly, a node's label by compare and swap.
 
@@ -26,7 +26,7 @@ use mesh_types::{ClusterId, NetworkId, NodeId};
 use tokio::{
     sync::Semaphore,
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::net::{Net, Weather, address, number};
@@ -234,7 +234,7 @@ async fn trouble(net: &Net, size: u64, dice: &mut Dice) {
     // Half of what happens, happens to the leader.
     let victim = leader.filter(|_| dice.below(2) == 0).or_else(|| dice.pick(&alive)).unwrap_or(1);
     let others = || (1..=size).filter(move |other| *other != victim);
-    match dice.below(12) {
+    match dice.below(13) {
         0 => net.isolate(victim),
         1 => others().for_each(|other| net.cut(victim, other)),
         2 => others().for_each(|other| net.cut(other, victim)),
@@ -250,6 +250,7 @@ async fn trouble(net: &Net, size: u64, dice: &mut Dice) {
         5..=6 => net.heal(),
         // More than a minority may be dead at a time: only its disks must stay.
         7..=8 if alive.len() > 1 => net.stop(victim).await,
+        10 => retire(net, victim).await,
         9 => {
             let (loss, delay) = (dice.below(100), Duration::from_micros(dice.below(20_000)));
             let dice = Dice::new(dice.below(u64::MAX));
@@ -259,6 +260,17 @@ async fn trouble(net: &Net, size: u64, dice: &mut Dice) {
             Some(id) => drop(net.start(id).await),
             None => net.weather(None),
         },
+    }
+}
+
+/// A voter goes, and comes back, as far as a majority agrees in time. What is left is made good in
+/// the end.
+async fn retire(net: &Net, id: u64) {
+    let Some((_, other)) = net.nodes().into_iter().find(|(other, _)| *other != id) else { return };
+    let patience = Duration::from_secs(1);
+    let removed = timeout(patience, other.remove_voter(number(id))).await;
+    if matches!(removed, Ok(Ok(()))) {
+        let _ = timeout(patience, other.add_voter(number(id), address(id))).await;
     }
 }
 
@@ -291,9 +303,14 @@ async fn run(seed: u64) -> Result<usize, String> {
     for id in (1..=size).filter(|id| !alive.contains(id)) {
         net.start(id).await;
     }
-    // The clients go on over the recovery; it is over when every node serves.
+    // The clients go on over the recovery; it is over when every node votes and serves.
     let deadline = Instant::now() + RECOVERY;
     for id in 1..=size {
+        while net.node(id % size + 1).add_voter(number(id), address(id)).await.is_err() {
+            if Instant::now() > deadline {
+                return Err(format!("node {id} is not made a voter again"));
+            }
+        }
         while net.node(id).read_barrier().await.is_err() {
             if Instant::now() > deadline {
                 let now = net.node(id).leadership().borrow().clone();

@@ -1,6 +1,5 @@
 //! Nodes.
 
-use axum::http::StatusCode;
 use mesh_api as api;
 use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, NodeStatus, Role};
 
@@ -100,8 +99,8 @@ fn description(node: &Node, cluster: Option<&Cluster>) -> api::NodeDescription {
     }
 }
 
-/// `POST /nodes/{id}/update`. Promotion and demotion are not there yet.
-pub(crate) fn spec(sent: api::NodeSpec, old: &NodeSpec) -> Result<NodeSpec, ApiError> {
+/// `POST /nodes/{id}/update`.
+pub(crate) fn spec(sent: api::NodeSpec) -> Result<NodeSpec, ApiError> {
     let role = match sent.role.to_ascii_lowercase().as_str() {
         "worker" => Role::Worker,
         "manager" => Role::Manager,
@@ -111,13 +110,6 @@ pub(crate) fn spec(sent: api::NodeSpec, old: &NodeSpec) -> Result<NodeSpec, ApiE
             )));
         }
     };
-    if role != old.role {
-        return Err(ApiError::new(
-            StatusCode::NOT_IMPLEMENTED,
-            "changing a node's role (node promote, node demote, --role) is not implemented yet by \
-             mesh: let the node leave and join again with the other token",
-        ));
-    }
     if sent.availability.is_empty() {
         return Err(ApiError::bad_request(
             "invalid Availability: \"\": use active, pause or drain",
