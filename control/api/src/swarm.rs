@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Map, TlsInfo, Version};
+use crate::{Map, TlsInfo, Version, is_default};
 
 /// `GET /swarm`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -90,6 +90,15 @@ pub struct Dispatcher {
 pub struct CaConfig {
     /// Nanoseconds.
     pub node_cert_expiry: u64,
+    #[serde(rename = "ExternalCAs", skip_serializing_if = "Vec::is_empty")]
+    pub external_cas: Vec<serde_json::Value>,
+    #[serde(rename = "SigningCACert", skip_serializing_if = "String::is_empty")]
+    pub signing_ca_cert: String,
+    #[serde(rename = "SigningCAKey", skip_serializing_if = "String::is_empty")]
+    pub signing_ca_key: String,
+    /// Counted up, it asks for another root.
+    #[serde(skip_serializing_if = "is_default")]
+    pub force_rotate: u64,
 }
 
 /// See [`ClusterSpec`].

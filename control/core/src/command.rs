@@ -99,6 +99,13 @@ pub enum Command {
         /// Task and status.
         statuses: Vec<(TaskId, TaskStatus)>,
     },
+    /// The operator's changes to the cluster's settings.
+    UpdateCluster {
+        /// The cluster's version as the operator saw it.
+        version: Revision,
+        /// All settings; those of addresses and ports stay as they were made.
+        spec: Box<ClusterSpec>,
+    },
     /// Replaces the secret of a join token.
     RotateToken {
         /// Whose.

@@ -107,6 +107,7 @@ impl Store {
                 self.report_tasks(at, *node, statuses);
                 Ok(Outcome::Done)
             }
+            Command::UpdateCluster { version, spec } => self.update_cluster(at, *version, spec),
             Command::RotateToken { role, secret } => self.rotate_token(at, *role, *secret),
         }
     }

@@ -12,6 +12,7 @@ mod node;
 mod output;
 mod role;
 mod service;
+mod settings;
 mod since;
 mod status;
 mod swarm;

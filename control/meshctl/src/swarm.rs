@@ -8,6 +8,7 @@ use crate::{
     client::{Client, NOTHING, escape},
     output::{InspectFormat, objects, say},
     service::duration,
+    settings,
 };
 
 #[derive(Debug, Subcommand)]
@@ -24,6 +25,10 @@ pub(crate) enum Command {
     },
     /// Show the cluster's settings, root certificate and tokens
     Inspect(InspectFormat),
+    /// Change the cluster's settings
+    Update(settings::UpdateArgs),
+    /// Show the root certificate that every node trusts
+    Ca,
     /// Show or rotate a join token
     JoinToken {
         /// Whose
@@ -129,6 +134,8 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
             let swarm: serde_json::Value = client.get("/swarm").await?;
             objects(&[swarm], &format)
         }
+        Command::Update(args) => settings::update(client, args).await,
+        Command::Ca => settings::root(client).await,
         Command::JoinToken { role, quiet, rotate } => token(client, role, quiet, rotate).await,
     }
 }
@@ -147,7 +154,7 @@ async fn init(client: &Client, args: InitArgs) -> Result<()> {
                 task_history_retention_limit: Some(args.task_history_limit),
                 reschedule_after: args.reschedule_after,
             },
-            ca_config: CaConfig { node_cert_expiry: args.cert_expiry },
+            ca_config: CaConfig { node_cert_expiry: args.cert_expiry, ..CaConfig::default() },
             ..ClusterSpec::default()
         },
         ..SwarmInit::default()

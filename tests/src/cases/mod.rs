@@ -20,6 +20,7 @@ pub mod restart;
 pub mod roles;
 pub mod security;
 pub mod service;
+pub mod swarm;
 pub mod trust;
 pub mod vip;
 

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mesh_types::{EndpointId, NodeNumber, Vni, spec::NetworkSpec};
+use mesh_types::{EndpointId, NodeNumber, Revision, Vni, spec::NetworkSpec};
 
 use super::{At, Store, nodes::node_of};
 use crate::{
     command::{InitCluster, Outcome, Rejection},
-    model::{Cluster, Role},
+    model::{Cluster, ClusterSpec, Role},
 };
 
 impl Store {
@@ -51,6 +51,29 @@ impl Store {
         store.create_network(at, init.ingress, &ingress_spec())?;
         *self = store;
         Ok(Outcome::Node(NodeNumber::MIN))
+    }
+
+    pub(super) fn update_cluster(
+        &mut self,
+        at: At,
+        version: Revision,
+        spec: &ClusterSpec,
+    ) -> Result<Outcome, Rejection> {
+        let Some(cluster) = &mut self.cluster else { return Ok(Outcome::Done) };
+        if cluster.meta.version != version {
+            return Err(Rejection::OutOfSequence);
+        }
+        let made =
+            |spec: &ClusterSpec| (spec.address_pools.clone(), spec.subnet_len, spec.data_path_port);
+        if made(&cluster.spec) != made(spec) {
+            return Err(Rejection::Invalid(
+                "address pools and the data path port are chosen when a cluster is made, and stay"
+                    .into(),
+            ));
+        }
+        cluster.spec = spec.clone();
+        at.touch(&mut cluster.meta);
+        Ok(Outcome::Done)
     }
 
     pub(super) fn rotate_token(

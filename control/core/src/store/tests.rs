@@ -9,7 +9,7 @@ use mesh_types::{
 use crate::{
     command::{Command, Rejection, TaskChange},
     fixtures::{Bench, init, network, network_id, new_node, node_id, port, service, service_id},
-    model::{Availability, NodeSpec, NodeState, Role},
+    model::{Availability, ClusterSpec, NodeSpec, NodeState, Role},
 };
 
 fn text<T: std::fmt::Debug>(result: Result<T, Rejection>) -> String {
@@ -372,6 +372,20 @@ fn roles_change_and_a_demoted_manager_has_no_voice() {
     assert_eq!(bench.store.nodes[&node_id(3)].voter().get(), 6);
     let removed = bench.store.cluster.as_ref().map(|cluster| cluster.removed_managers.clone());
     assert_eq!(removed, Some(vec![first]));
+}
+
+#[test]
+fn settings_of_the_cluster_change_but_not_its_addresses() {
+    let mut bench = Bench::with_nodes(1);
+    let cluster = bench.store.cluster.clone().unwrap();
+    let (version, spec) = (cluster.meta.version, cluster.spec);
+    let update = |version, spec| Command::UpdateCluster { version, spec: Box::new(spec) };
+    let other = ClusterSpec { data_path_port: 5000, ..spec.clone() };
+    assert!(text(bench.apply(update(version, other))).contains("data path port"));
+    let changed = ClusterSpec { task_history: 1, certificate_secs: 7200, ..spec.clone() };
+    bench.apply(update(version, changed.clone())).unwrap();
+    assert_eq!(bench.store.cluster.as_ref().unwrap().spec, changed);
+    assert_eq!(bench.apply(update(version, spec)), Err(Rejection::OutOfSequence));
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub(super) async fn leave(State(backend): State<Shared>, params: Params) -> Resu
     backend.leave(params.flag("force")).await
 }
 
-/// `POST /swarm/update`: rotates join tokens. Other changes of the spec are not there yet.
+/// `POST /swarm/update`: settings, and other join tokens.
 pub(super) async fn update(
     State(backend): State<Shared>,
     params: Params,
@@ -51,27 +51,22 @@ pub(super) async fn update(
             "swarm unlock-key --rotate (rotateManagerUnlockKey)",
         ));
     }
-    let mut sent: api::ClusterSpec = body.parse()?;
+    let sent: api::ClusterSpec = body.parse()?;
     let (current, spec) = read(&backend, |store| {
-        store
-            .cluster
-            .as_ref()
-            .map(|cluster| (cluster.meta.version.get(), convert::cluster::spec(&cluster.spec)))
+        let cluster = store.cluster.as_ref();
+        cluster.map(|cluster| (cluster.meta.version, cluster.spec.clone()))
     })?
     .ok_or_else(ApiError::no_leader)?;
-    if current != version {
+    if current.get() != version {
         return Err(mesh_control::command::Rejection::OutOfSequence.into());
     }
-    // Docker's clients know nothing of our own field, and send none back.
-    if sent.orchestration.task_history_retention_limit.is_some() {
-        let ours = spec.orchestration.reschedule_after;
-        sent.orchestration.reschedule_after = sent.orchestration.reschedule_after.or(ours);
-    }
     // A body without a spec, as simple clients send to rotate tokens, changes nothing.
-    if sent != spec && sent != api::ClusterSpec::default() {
-        return Err(ApiError::not_implemented(
-            "swarm update of other things than join tokens (Spec)",
-        ));
+    if sent != api::ClusterSpec::default() {
+        let new = convert::cluster::update(sent, &spec)?;
+        if new != spec {
+            let spec = Box::new(new);
+            backend.propose(Command::UpdateCluster { version: current, spec }).await?;
+        }
     }
     for (flag, role) in [("rotateWorkerToken", Role::Worker), ("rotateManagerToken", Role::Manager)]
     {

@@ -69,9 +69,8 @@ pub(super) async fn keep(member: Weak<Member>, mut settings: watch::Receiver<Arc
     // Soon after a start: a crash may have come in between.
     let mut patience = RETRY;
     loop {
-        match tokio::time::timeout(patience, settings.changed()).await {
-            Ok(Err(_)) => return,
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(_)) = tokio::time::timeout(patience, settings.changed()).await {
+            return;
         }
         let Some(member) = member.upgrade() else { return };
         patience = match member.take_role().await {

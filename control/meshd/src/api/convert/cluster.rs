@@ -55,7 +55,10 @@ pub(crate) fn spec(spec: &ClusterSpec) -> api::ClusterSpec {
             heartbeat_tick: 1,
         },
         dispatcher: api::Dispatcher { heartbeat_period: 5 * NANOS },
-        ca_config: api::CaConfig { node_cert_expiry: spec.certificate_secs.saturating_mul(NANOS) },
+        ca_config: api::CaConfig {
+            node_cert_expiry: spec.certificate_secs.saturating_mul(NANOS),
+            ..api::CaConfig::default()
+        },
         ..api::ClusterSpec::default()
     }
 }
@@ -76,12 +79,12 @@ pub(crate) fn init(request: api::SwarmInit) -> Result<InitRequest, ApiError> {
     if request.force_new_cluster {
         return Err(ApiError::not_implemented("--force-new-cluster (ForceNewCluster)"));
     }
-    if request.auto_lock_managers || request.spec.encryption_config.auto_lock_managers {
+    if request.auto_lock_managers {
         return Err(ApiError::not_implemented("--autolock (AutoLockManagers)"));
     }
     check_listen(&request.listen_addr)?;
     refuse_other_settings(&request.spec)?;
-    let mut spec = ClusterSpec { labels: request.spec.labels, ..ClusterSpec::default() };
+    let mut spec = ClusterSpec { labels: request.spec.labels.clone(), ..ClusterSpec::default() };
     if !request.default_addr_pool.is_empty() {
         spec.address_pools = request
             .default_addr_pool
@@ -117,14 +120,25 @@ pub(crate) fn init(request: api::SwarmInit) -> Result<InitRequest, ApiError> {
                 ))
             })?;
     }
-    if let Some(limit) = request.spec.orchestration.task_history_retention_limit {
+    set(&mut spec, &request.spec)?;
+    Ok(InitRequest {
+        advertise: node_address("--advertise-addr", &request.advertise_addr)?,
+        data_path: node_address("--data-path-addr", &request.data_path_addr)?,
+        availability: availability(&request.availability)?,
+        spec,
+    })
+}
+
+/// The settings that can be changed later. What is left out stays.
+fn set(spec: &mut ClusterSpec, sent: &api::ClusterSpec) -> Result<(), ApiError> {
+    if let Some(limit) = sent.orchestration.task_history_retention_limit {
         spec.task_history = u32::try_from(limit).map_err(|_| {
             ApiError::bad_request(format!(
                 "invalid --task-history-limit {limit}: must not be negative"
             ))
         })?;
     }
-    if let Some(nanos) = request.spec.orchestration.reschedule_after {
+    if let Some(nanos) = sent.orchestration.reschedule_after {
         if nanos < NANOS {
             return Err(ApiError::bad_request(
                 "invalid --reschedule-after: nodes are heard once a second, so it must be at \
@@ -133,19 +147,32 @@ pub(crate) fn init(request: api::SwarmInit) -> Result<InitRequest, ApiError> {
         }
         spec.reschedule_after_secs = nanos.div_ceil(NANOS);
     }
-    if request.spec.ca_config.node_cert_expiry != 0 {
-        let seconds = request.spec.ca_config.node_cert_expiry / NANOS;
+    if sent.ca_config.node_cert_expiry != 0 {
+        let seconds = sent.ca_config.node_cert_expiry / NANOS;
         if seconds < 3600 {
             return Err(ApiError::bad_request("minimum certificate expiry time must be 1h0m0s"));
         }
         spec.certificate_secs = seconds;
     }
-    Ok(InitRequest {
-        advertise: node_address("--advertise-addr", &request.advertise_addr)?,
-        data_path: node_address("--data-path-addr", &request.data_path_addr)?,
-        availability: availability(&request.availability)?,
-        spec,
-    })
+    Ok(())
+}
+
+/// `POST /swarm/update`: the settings as they become. Docker's clients send all that they know.
+pub(crate) fn update(
+    sent: api::ClusterSpec,
+    current: &ClusterSpec,
+) -> Result<ClusterSpec, ApiError> {
+    if !matches!(sent.name.as_str(), "" | "default") {
+        return Err(ApiError::bad_request(format!(
+            "invalid Name: \"{}\": swarm spec must be named \"default\"",
+            sent.name
+        )));
+    }
+    refuse_other_settings(&sent)?;
+    let mut spec = current.clone();
+    set(&mut spec, &sent)?;
+    spec.labels = sent.labels;
+    Ok(spec)
 }
 
 /// Settings that mesh has no counterpart for pass with Swarm's defaults only.
@@ -160,7 +187,21 @@ fn refuse_other_settings(spec: &api::ClusterSpec) -> Result<(), ApiError> {
             return Err(ApiError::not_implemented(format!("{flag} other than its default")));
         }
     }
-    Ok(())
+    let ca = &spec.ca_config;
+    let refused = [
+        ("--autolock (AutoLockManagers)", spec.encryption_config.auto_lock_managers),
+        ("--external-ca (ExternalCAs)", !ca.external_cas.is_empty()),
+        (
+            "another root certificate (`swarm ca --rotate`, --ca-cert, --ca-key)",
+            ca.force_rotate != 0
+                || !(ca.signing_ca_cert.is_empty() && ca.signing_ca_key.is_empty()),
+        ),
+        ("a default log driver (TaskDefaults)", !spec.task_defaults.is_empty()),
+    ];
+    match refused.iter().find(|(_, asked)| *asked) {
+        Some((what, _)) => Err(ApiError::not_implemented(what)),
+        None => Ok(()),
+    }
 }
 
 /// `POST /swarm/join`.
@@ -277,6 +318,39 @@ mod tests {
         assert_eq!(made.reschedule_after_secs, 8);
         assert_eq!(spec(&made).orchestration.reschedule_after, Some(8 * NANOS));
         assert!(after(NANOS - 1).unwrap_err().message.contains("--reschedule-after"));
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names_and_refuses_the_rest_by_name() {
+        let old = ClusterSpec { reschedule_after_secs: 60, ..ClusterSpec::default() };
+        let sent = |change: &dyn Fn(&mut api::ClusterSpec)| {
+            let mut sent = spec(&old);
+            // Docker's clients do not know it.
+            sent.orchestration.reschedule_after = None;
+            change(&mut sent);
+            update(sent, &old)
+        };
+        assert_eq!(sent(&|_| {}).unwrap(), old);
+        let new = sent(&|spec| {
+            spec.orchestration.task_history_retention_limit = Some(2);
+            spec.ca_config.node_cert_expiry = 7200 * NANOS;
+        });
+        let expected = ClusterSpec { task_history: 2, certificate_secs: 7200, ..old.clone() };
+        assert_eq!(new.unwrap(), expected);
+        let refused = |change: &dyn Fn(&mut api::ClusterSpec)| sent(change).unwrap_err().message;
+        for (word, said) in [
+            ("--autolock", refused(&|s| s.encryption_config.auto_lock_managers = true)),
+            ("--external-ca", refused(&|s| s.ca_config.external_cas = vec![1.into()])),
+            ("swarm ca --rotate", refused(&|s| s.ca_config.force_rotate = 1)),
+            ("--ca-cert", refused(&|s| s.ca_config.signing_ca_cert = "x".into())),
+            ("--dispatcher-heartbeat", refused(&|s| s.dispatcher.heartbeat_period = 1)),
+            ("--snapshot-interval", refused(&|s| s.raft.snapshot_interval = 1)),
+            ("--max-snapshots", refused(&|s| s.raft.keep_old_snapshots = 1)),
+            ("default", refused(&|s| s.name = "other".into())),
+            ("1h0m0s", refused(&|s| s.ca_config.node_cert_expiry = NANOS)),
+        ] {
+            assert!(said.contains(word), "{word}: {said}");
+        }
     }
 
     #[test]
