@@ -2,9 +2,10 @@
 //! linearizable, and nothing that was acknowledged is lost.
 //!
 //! Method: groups in this process, clients on all nodes, and for some seconds kills, restarts,
-//! partitions (one-way ones too), loss and delay, voters that go and come back. All choices come from a seed; the threads' own
-//! interleaving does not, so a seed that failed may have to be run several times. Each seed has
-//! three registers: the two join secrets are written blindly, a node's label by compare and swap.
+//! partitions (one-way ones too), loss and delay, voters that go and come back. All choices come
+//! from a seed; the threads' own interleaving does not, so a seed that failed may have to be run
+//! several times. Each seed has three registers: the two join secrets are written blindly, a node's
+//! label by compare and swap.
 
 use std::{
     collections::BTreeSet,
