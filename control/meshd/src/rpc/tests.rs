@@ -249,8 +249,10 @@ async fn a_worker_gets_to_no_managers_call() {
     let worker = client(&cluster.node(2, Role::Worker));
     for route in all_routes() {
         let answer = raw(&worker, server.address(), Expect::Manager, route).await;
-        let open =
-            matches!(route, Route::Session | Route::Report | Route::Leave | Route::AntiEntropy);
+        let open = matches!(
+            route,
+            Route::Session | Route::Report | Route::Renew | Route::Leave | Route::AntiEntropy
+        );
         assert_eq!(denied(&answer), !open, "{route}: {answer:?}");
     }
     let served = echo.calls.load(Ordering::SeqCst);
