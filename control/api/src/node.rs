@@ -108,8 +108,7 @@ pub struct NodeStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct ManagerStatus {
-    /// It leads. Left out when false, as Docker does.
-    #[serde(skip_serializing_if = "is_default")]
+    /// It leads. Told when false too, for templates of ours that ask.
     pub leader: bool,
     /// `unknown`, `unreachable` or `reachable`.
     pub reachability: String,

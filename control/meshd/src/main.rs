@@ -82,9 +82,9 @@ fn daemon(options: Options) -> Result<()> {
         "meshd makes namespaces, links and BPF programs: run it as root"
     );
     tokio::runtime::Builder::new_multi_thread()
-        // What is heavy is elsewhere: the data plane has a thread, disks have the blocking pool. A
-        // second worker costs an idle daemon a fifth of its time, for waking each other.
-        .worker_threads(1)
+        // One would do for the work, and idle on a fifth less; with two, what holds up one for a
+        // moment holds up neither probes nor raft.
+        .worker_threads(2)
         .enable_all()
         .build()
         .context("starting the runtime")?

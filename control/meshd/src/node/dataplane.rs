@@ -315,6 +315,8 @@ impl Driver {
         }
         let records = Arc::clone(&self.records.borrow());
         self.engine.set_records(records);
+        // It programs everything, like a round.
+        self.engine.set_withdrawn(self.withdrawn.borrow().clone());
         let lease = self.engine.attach(&netns, &interfaces).await?;
         self.leases.insert(task, lease);
         self.keep_leases();

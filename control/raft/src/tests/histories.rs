@@ -307,7 +307,11 @@ async fn run(seed: u64) -> Result<usize, String> {
     // The clients go on over the recovery; it is over when every node votes and serves.
     let deadline = Instant::now() + RECOVERY;
     for id in 1..=size {
-        while net.node(id % size + 1).add_voter(number(id), address(id)).await.is_err() {
+        // One that is no voter itself knows of no leader: others are asked in turn.
+        let mut asked = (1..=size).cycle().filter(|other| *other != id);
+        while let Some(other) = asked.next()
+            && net.node(other).add_voter(number(id), address(id)).await.is_err()
+        {
             if Instant::now() > deadline {
                 return Err(format!("node {id} is not made a voter again"));
             }
