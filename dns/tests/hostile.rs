@@ -208,6 +208,19 @@ fn client() -> UdpSocket {
     socket
 }
 
+/// The answer to a query over a connection of its own.
+fn ask_over_tcp(query: &[u8]) -> Message {
+    let mut stream = TcpStream::connect(RESOLVER).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.write_all(&u16::try_from(query.len()).unwrap().to_be_bytes()).unwrap();
+    stream.write_all(query).unwrap();
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).unwrap();
+    let mut reply = vec![0; u16::from_be_bytes(length).into()];
+    stream.read_exact(&mut reply).unwrap();
+    Message::from_vec(&reply).unwrap()
+}
+
 /// Asks, and gives the reply; anything that comes before it is none of ours.
 fn ask(socket: &UdpSocket, query: &[u8]) -> Message {
     socket.send(query).unwrap();
@@ -304,16 +317,7 @@ async fn broken_queries_harm_nobody() {
         }
         let idle: Vec<_> = (0..1000).filter_map(|_| TcpStream::connect(RESOLVER).ok()).collect();
         assert!(idle.len() > 100);
-        let mut stream = TcpStream::connect(RESOLVER).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        let query = query("many.", RecordType::A, 4);
-        stream.write_all(&u16::try_from(query.len()).unwrap().to_be_bytes()).unwrap();
-        stream.write_all(&query).unwrap();
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).unwrap();
-        let mut reply = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut reply).unwrap();
-        assert_eq!(Message::from_vec(&reply).unwrap().answers.len(), 200);
+        assert_eq!(ask_over_tcp(&query("many.", RecordType::A, 4)).answers.len(), 200);
 
         let before = cpu();
         thread::sleep(Duration::from_millis(300));
@@ -473,16 +477,7 @@ async fn a_tasks_own_servers_are_asked_from_its_namespace() {
             assert_eq!(address_of(&reply).as_deref(), Some(address), "task {task}");
             is_served(&socket);
             assert!(ask(&socket, &query("cut.test.", RecordType::A, 6)).metadata.truncation);
-            let mut stream = TcpStream::connect(RESOLVER).unwrap();
-            stream.set_read_timeout(Some(LIMIT)).unwrap();
-            let query = query("cut.test.", RecordType::A, 7);
-            stream.write_all(&u16::try_from(query.len()).unwrap().to_be_bytes()).unwrap();
-            stream.write_all(&query).unwrap();
-            let mut length = [0; 2];
-            stream.read_exact(&mut length).unwrap();
-            let mut reply = vec![0; u16::from_be_bytes(length).into()];
-            stream.read_exact(&mut reply).unwrap();
-            let reply = Message::from_vec(&reply).unwrap();
+            let reply = ask_over_tcp(&query("cut.test.", RecordType::A, 7));
             assert_eq!(address_of(&reply).as_deref(), Some(address), "task {task}, TCP");
         });
     }
