@@ -52,7 +52,7 @@ fn main() -> ExitCode {
             cluster: true,
             meshd_args: &[],
             alone: false,
-            groups: &[cases::roles::GROUP, cases::swarm::GROUP],
+            groups: &[cases::roles::GROUP, cases::swarm::GROUP, cases::resources::GROUP],
         },
         Plan {
             name: "fallback",

@@ -31,9 +31,10 @@ pub use node::{
 };
 pub use own::{Counter, ExecRequest, Frame, FrameError, FrameKind, NodeStats, Status, StatusNode};
 pub use service::{
-    ContainerSpec, DnsConfig, Endpoint, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
-    ReplicatedMode, RestartPolicy, Service, ServiceCreated, ServiceMode, ServiceSpec,
-    ServiceStatus, TaskTemplate, UpdateConfig, UpdateStatus, VirtualIp,
+    ContainerSpec, DnsConfig, Endpoint, EndpointSpec, GlobalMode, Limit, NetworkTarget, Placement,
+    PlacementPreference, Port, ReplicatedMode, Reservation, ResourceRequirements, RestartPolicy,
+    Service, ServiceCreated, ServiceMode, ServiceSpec, ServiceStatus, SpreadOver, TaskTemplate,
+    UpdateConfig, UpdateStatus, VirtualIp,
 };
 pub use swarm::{
     CaConfig, ClusterSpec, Dispatcher, EncryptionConfig, JoinTokens, Orchestration, RaftConfig,

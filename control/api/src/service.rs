@@ -163,6 +163,68 @@ pub struct Placement {
     /// `node.labels.zone==a`; all must hold.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub constraints: Vec<String>,
+    /// What its tasks are spread over, the first one first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub preferences: Vec<PlacementPreference>,
+    /// How many of its tasks one node may run; 0: no limit.
+    #[serde(skip_serializing_if = "is_default")]
+    pub max_replicas: u64,
+}
+
+/// One preference. There is one kind.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct PlacementPreference {
+    /// Over whose values tasks are spread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spread: Option<SpreadOver>,
+}
+
+/// See [`PlacementPreference`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct SpreadOver {
+    /// `node.labels.zone`.
+    pub spread_descriptor: String,
+}
+
+/// What a task may take of its node, and what is kept for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ResourceRequirements {
+    /// The kernel holds the task to these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limit>,
+    /// The scheduler counts these on the task's node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reservations: Option<Reservation>,
+}
+
+/// The most that a task may take; 0: no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Limit {
+    /// Billionths of a CPU.
+    #[serde(rename = "NanoCPUs", skip_serializing_if = "is_default")]
+    pub nano_cpus: i64,
+    /// Bytes.
+    #[serde(skip_serializing_if = "is_default")]
+    pub memory_bytes: i64,
+    /// Processes and threads.
+    #[serde(skip_serializing_if = "is_default")]
+    pub pids: i64,
+}
+
+/// What is kept for a task; 0: nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Reservation {
+    /// Billionths of a CPU.
+    #[serde(rename = "NanoCPUs", skip_serializing_if = "is_default")]
+    pub nano_cpus: i64,
+    /// Bytes.
+    #[serde(skip_serializing_if = "is_default")]
+    pub memory_bytes: i64,
 }
 
 /// What each task runs.
@@ -173,6 +235,8 @@ pub struct TaskTemplate {
     /// Always sent to clients: the stock CLI cannot do without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub container_spec: Option<ContainerSpec>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
     #[serde(skip_serializing_if = "Option::is_none")]

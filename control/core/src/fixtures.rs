@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use mesh_types::{
     ClusterId, NetworkId, NodeId, Protocol, Revision, ServiceId, TaskId,
+    resources::Amount,
     spec::{
         EndpointMode, NetworkAttachment, NetworkSpec, PortSpec, RestartPolicy, ServiceMode,
         ServiceSpec, TaskSpec, UpdatePolicy,
@@ -20,6 +21,9 @@ use crate::{
     },
     store::Store,
 };
+
+/// What each node has.
+pub(crate) const NODE_CAPACITY: Amount = Amount { nano_cpus: 4_000_000_000, memory_bytes: 8 << 30 };
 
 pub(crate) fn node_id(number: u128) -> NodeId {
     NodeId::from_bits(number)
@@ -41,6 +45,8 @@ pub(crate) fn new_node(number: u8, role: Role) -> NewNode {
         description: NodeDescription {
             hostname: format!("n{number}"),
             host_routes: ["192.0.2.0/24".parse().unwrap()].into(),
+            nano_cpus: NODE_CAPACITY.nano_cpus,
+            memory_bytes: NODE_CAPACITY.memory_bytes,
             ..NodeDescription::default()
         },
         address: (address, 2377).into(),

@@ -13,6 +13,7 @@ mod global;
 mod reaper;
 mod replicated;
 mod restart;
+mod room;
 mod scheduler;
 mod stop;
 mod update;

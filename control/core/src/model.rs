@@ -8,6 +8,7 @@ use std::{
 use ipnetwork::IpNetwork;
 use mesh_types::{
     ClusterId, EndpointId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId, Vni,
+    resources::Amount,
     spec::{
         Constraint, ConstraintKey, Labels, NetworkAttachment, NetworkSpec, PortSpec, ServiceSpec,
         TaskSpec, UpdatePolicy,
@@ -133,6 +134,13 @@ impl Node {
     #[must_use]
     pub fn is_down(&self) -> bool {
         matches!(self.status.state, NodeState::Down | NodeState::Disconnected)
+    }
+
+    /// What its tasks can have of it.
+    #[must_use]
+    pub fn capacity(&self) -> Amount {
+        let NodeDescription { nano_cpus, memory_bytes, .. } = self.description;
+        Amount { nano_cpus, memory_bytes }
     }
 
     /// Whether all of these hold for it.

@@ -11,6 +11,7 @@ use mesh_history::Dice;
 use mesh_types::{
     NetworkId, NodeId, Revision, ServiceId, TaskId,
     record::{RecordSet, Scope},
+    resources::Amount,
     spec::{
         EndpointMode, FailureAction, RestartCondition, ServiceMode, ServiceSpec, UpdateOrder,
         UpdatePolicy,
@@ -20,7 +21,10 @@ use mesh_types::{
 
 use crate::{
     command::Command,
-    fixtures::{Bench, network, network_id, new_node, node_id, port, service, service_id, told},
+    fixtures::{
+        Bench, NODE_CAPACITY, network, network_id, new_node, node_id, port, service, service_id,
+        told,
+    },
     model::{Availability, Holder, Node, NodeState, Role, Stop, Task, UpdateState},
     store::Store,
     stream::{RecordLog, assignments, subscription},
@@ -127,6 +131,17 @@ impl Sim {
         }
         if self.dice.chance(25) {
             spec.task.constraints.push("node.labels.zone==a".parse().unwrap());
+        }
+        if self.dice.chance(30) {
+            let reserved = &mut spec.task.resources.reserved;
+            reserved.nano_cpus = self.dice.below(5) * 1_000_000_000;
+            reserved.memory_bytes = self.dice.below(5) << 30;
+        }
+        if self.dice.chance(20) {
+            spec.task.max_per_node = 1 + self.dice.below(2);
+        }
+        if self.dice.chance(20) {
+            spec.task.spread.push("node.labels.zone".parse().unwrap());
         }
         spec.update = self.random_policy();
         spec.rollback = self.random_policy();
@@ -303,6 +318,7 @@ impl Sim {
     fn check(&mut self) {
         check_leases(&self.bench.store);
         check_words(&self.bench.store);
+        check_room(&self.bench.store);
         for task in self.bench.store.tasks.values() {
             for lease in &task.leases {
                 let owner = *self.endpoints.entry(lease.endpoint.get()).or_insert(task.id);
@@ -347,7 +363,9 @@ impl Sim {
                 ServiceMode::Replicated { replicas } => usize::try_from(replicas).unwrap(),
                 ServiceMode::Global => store.nodes.len(),
             };
-            assert!(service.rolls().is_none(), "{service:#?}");
+            // An update goes on for as long as a task waits for room.
+            let waits = wanted.iter().any(|task| lacks_room(task));
+            assert!(waits || service.rolls().is_none(), "{service:#?}");
             assert_eq!(wanted.len(), count, "places of {}", service.spec.name);
             for task in wanted {
                 let done = task.status.state.is_final()
@@ -356,10 +374,10 @@ impl Sim {
                 let starved = task.status.state == TaskState::New
                     && task.status.err.starts_with("no free address on network");
                 let runs = task.status.state == TaskState::Running;
-                assert!(done || starved || runs, "{task:#?}");
+                assert!(done || starved || runs || lacks_room(task), "{task:#?}");
                 // An update that failed leaves the rest, and where it failed the old.
                 let gave_up = service.rolls().is_none() && !service.update_failures.is_empty();
-                assert!(gave_up || !service.outdates(task), "{service:#?} {task:#?}");
+                assert!(gave_up || waits || !service.outdates(task), "{service:#?} {task:#?}");
             }
         }
         for task in store.tasks.values().filter(|task| task.desired > TaskState::Running) {
@@ -425,6 +443,28 @@ fn check_leases(store: &Store) {
         }
     }
     assert_eq!(store.local_gateways.values().map(BTreeMap::len).sum::<usize>(), local);
+}
+
+/// No node has more reserved than it has.
+fn check_room(store: &Store) {
+    let mut reserved: BTreeMap<NodeId, Amount> = BTreeMap::new();
+    for task in store.tasks.values() {
+        let state = task.status.state;
+        if let Some(node) = task.node.filter(|_| state >= TaskState::Assigned && !state.is_final())
+        {
+            let sum = reserved.entry(node).or_default();
+            *sum = sum.plus(task.spec.resources.reserved);
+        }
+    }
+    for (node, sum) in reserved {
+        assert_eq!(sum.min(NODE_CAPACITY), sum, "more is reserved than there is on {node}");
+    }
+}
+
+/// Whether a task waits for room that no node has.
+fn lacks_room(task: &Task) -> bool {
+    task.status.state == TaskState::Pending
+        && ["insufficient", "max replicas"].iter().any(|word| task.status.err.contains(word))
 }
 
 fn check_words(store: &Store) {

@@ -165,6 +165,10 @@ pub struct ShimSpec {
     pub hostname: String,
     /// The task's cgroup (v2): the shim lives in `shim` below it, the task in `task`.
     pub cgroup: PathBuf,
+    /// The task's cgroups (v1) on other hierarchies, which hold it to its limits. The shim is in
+    /// none of them.
+    #[serde(default)]
+    pub twins: Vec<PathBuf>,
     /// Output is kept in two files of at most this many bytes each.
     pub log_bytes_max: u64,
 }

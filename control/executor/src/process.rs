@@ -32,7 +32,7 @@ use tokio::{
 use crate::{
     ExecControl, ExecSession, ExecSpec, Executor, ExecutorError, Exit, FoundState, Prepared,
     TaskContext,
-    cgroup::{self, Cgroup},
+    cgroup::{self, Cgroup, Hierarchies, Plan},
     contract::{self, Request, Response, ShimSpec, ShimStatus, TaskDir},
     shim,
 };
@@ -80,6 +80,7 @@ impl ProcessConfig {
 #[derive(Debug)]
 pub struct ProcessExecutor {
     config: ProcessConfig,
+    hierarchies: Hierarchies,
 }
 
 impl ProcessExecutor {
@@ -96,7 +97,10 @@ impl ProcessExecutor {
             return Err(unsupported("the cgroup parent must be an absolute path"));
         }
         cgroup::check_parent(&config.cgroup_parent).map_err(ExecutorError::Unsupported)?;
-        Ok(Self { config })
+        let hierarchies = Hierarchies::observe(&config.cgroup_parent).map_err(|error| {
+            unsupported(&format!("cannot tell its cgroup controllers: {error}"))
+        })?;
+        Ok(Self { config, hierarchies })
     }
 
     fn dir(&self, task: TaskId) -> TaskDir {
@@ -155,7 +159,20 @@ impl ProcessExecutor {
         Ok(format!("/proc/{pid}/ns/net").into())
     }
 
-    /// Waits for the disk.
+    /// Writes the task directory and sets the task's limits. Waits for the disk.
+    fn lay_out(
+        dir: &TaskDir,
+        spec: &ShimSpec,
+        context: &TaskContext,
+        limits: &Plan,
+    ) -> Result<(), ExecutorError> {
+        Self::write_dir(dir, spec, context)
+            .map_err(|error| ExecutorError::io("write the task directory", dir.path(), error))?;
+        limits
+            .apply(&Cgroup::new(&spec.cgroup))
+            .map_err(|error| ExecutorError::Prepare(format!("cannot set the limits: {error}")))
+    }
+
     fn write_dir(dir: &TaskDir, spec: &ShimSpec, context: &TaskContext) -> io::Result<()> {
         if let Some(all) = dir.path().parent() {
             fs::create_dir_all(all)?;
@@ -273,23 +290,30 @@ impl Executor for ProcessExecutor {
             return Err(ExecutorError::Prepare(format!("no command given; {remedy}")));
         }
         self.remove(task.id).await?;
-        let dir = self.dir(task.id);
+        let (dir, cgroup) = (self.dir(task.id), self.cgroup(task.id));
+        let limits = self.hierarchies.plan(&cgroup, &task.spec.resources.limits);
+        let limits = limits.map_err(ExecutorError::Prepare)?;
         let spec = ShimSpec {
             id: task.id,
             argv,
             env: environment(&task.spec.env, context),
             dir: task.spec.dir.as_ref().map(PathBuf::from),
             hostname: context.hostname.clone(),
-            cgroup: self.cgroup(task.id),
+            cgroup,
+            twins: limits.twins.clone(),
             log_bytes_max: self.config.log_bytes_max,
         };
         let written = {
             let (dir, context) = (dir.clone(), context.clone());
-            tokio::task::spawn_blocking(move || Self::write_dir(&dir, &spec, &context)).await
+            let lay_out = move || Self::lay_out(&dir, &spec, &context, &limits);
+            tokio::task::spawn_blocking(lay_out).await
         };
-        let made = match written.map_err(io::Error::other).flatten() {
+        let written = written.unwrap_or_else(|error| {
+            Err(ExecutorError::io("write", dir.path(), io::Error::other(error)))
+        });
+        let made = match written {
             Ok(()) => self.start_shim(&dir).await,
-            Err(error) => Err(ExecutorError::io("write the task directory", dir.path(), error)),
+            Err(error) => Err(error),
         };
         let netns = made.and_then(|()| {
             Self::netns(&dir).map_err(|error| ExecutorError::io("read", &dir.shim_pid(), error))
@@ -364,8 +388,8 @@ impl Executor for ProcessExecutor {
         }
         let path = self.cgroup(task);
         let destroyed = tokio::task::spawn_blocking({
-            let path = path.clone();
-            move || Cgroup::new(path).destroy(KILL_TIMEOUT)
+            let (path, twins) = (path.clone(), self.hierarchies.twins(&path));
+            move || Cgroup::new(path).destroy(&twins, KILL_TIMEOUT)
         });
         let destroyed = destroyed.await.map_err(io::Error::other).flatten();
         destroyed.map_err(|error| ExecutorError::io("remove the cgroup", &path, error))?;

@@ -24,6 +24,7 @@ use mesh_executor::{
 };
 use mesh_types::{
     NodeId, ServiceId, TaskId,
+    resources::{Amount, Limits},
     spec::TaskSpec,
     task::{TaskAssignment, TaskState},
 };
@@ -62,6 +63,10 @@ const TESTS: &[Test] = &tests![
     remove_ends_a_running_task,
     many_at_once,
     unsupported_is_said_first,
+    memory_is_limited,
+    processes_are_limited,
+    cpu_time_is_limited,
+    limits_go_with_the_task,
 ];
 
 fn main() {
@@ -101,7 +106,9 @@ fn run(filter: Option<&str>) {
         before.assert_unchanged();
         println!("test nothing_leaks ... ok");
     }
-    let _ = fs::remove_dir(cgroup_parent());
+    for parent in twins(&cgroup_parent()).into_iter().chain([cgroup_parent()]) {
+        let _ = fs::remove_dir(parent);
+    }
     assert!(failed.is_empty(), "failed: {failed:?}");
 }
 
@@ -114,9 +121,10 @@ struct World {
 impl World {
     fn look() -> Self {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let cgroups = fs::read_dir(cgroup_parent())
-            .map(|dir| dir.flatten().map(|entry| entry.path()).filter(|p| p.is_dir()).collect())
-            .unwrap_or_default();
+        let parents = twins(&cgroup_parent()).into_iter().chain([cgroup_parent()]);
+        let below = |parent| fs::read_dir(parent).into_iter().flatten().flatten();
+        let cgroups = parents.flat_map(below).map(|entry| entry.path());
+        let cgroups = cgroups.filter(|path| path.is_dir()).collect();
         Self { mounts, cgroups }
     }
 
@@ -144,6 +152,11 @@ fn cgroup_parent() -> PathBuf {
         .map(|fields| PathBuf::from(fields[1]))
         .expect("a cgroup2 file system is mounted");
     root.join("mesh-executor-test")
+}
+
+/// Where a cgroup has version 1 hierarchies beside it.
+fn twins(cgroup: &Path) -> Vec<PathBuf> {
+    mesh_executor::cgroup::Hierarchies::observe(&cgroup_parent()).unwrap().twins(cgroup)
 }
 
 fn config(dir: &Path) -> ProcessConfig {
@@ -238,7 +251,8 @@ impl Fixture {
     async fn end(self) {
         self.executor.remove(self.id()).await.unwrap();
         assert!(!self.dir.join("tasks").join(self.id().to_string()).exists());
-        assert!(!cgroup_parent().join(self.id().to_string()).exists());
+        let cgroup = cgroup_parent().join(self.id().to_string());
+        assert!(!cgroup.exists() && twins(&cgroup).iter().all(|twin| !twin.exists()));
         fs::remove_dir_all(&self.dir).unwrap();
     }
 }
@@ -724,4 +738,79 @@ async fn unsupported_is_said_first() {
     let error = ProcessExecutor::new(config).unwrap_err().to_string();
     assert!(error.contains("cgroup2"), "{error}");
     assert!(!dir.exists());
+}
+
+const HOG: &str = "head -c 200m /dev/zero | tail";
+
+impl Fixture {
+    fn limited(script: &str, limit: impl FnOnce(&mut Limits)) -> Self {
+        let mut fixture = Self::sh(script);
+        limit(&mut fixture.task.spec.resources.limits);
+        fixture
+    }
+}
+
+async fn memory_is_limited() {
+    let fixture = Fixture::limited(HOG, |limits| limits.amount.memory_bytes = 32 << 20);
+    fixture.start().await;
+    let exit = fixture.executor.wait(fixture.id()).await.unwrap();
+    assert_eq!((exit.code, exit.oom), (137, true));
+    fixture.end().await;
+    // What an exec starts counts too, and the shim does not.
+    let fixture = Fixture::limited("sleep 1000", |limits| limits.amount.memory_bytes = 32 << 20);
+    fixture.start().await;
+    assert_eq!(fixture.exec(&["sh", "-c", HOG], b"").await.0, 137);
+    assert_eq!(fixture.exec(&["true"], b"").await.0, 0);
+    fixture.end().await;
+}
+
+async fn processes_are_limited() {
+    let script = "sleep 1000 & sleep 1000 & echo two; sleep 1000 & echo three";
+    let fixture = Fixture::limited(script, |limits| limits.pids = 3);
+    let output = fixture.run().await;
+    assert!(output.starts_with("two\n") && output.contains("ork"), "{output}");
+    assert!(!output.contains("three"), "{output}");
+    fixture.end().await;
+    let fixture = Fixture::limited("exec echo alone", |limits| limits.pids = 1);
+    assert_eq!(fixture.run().await, "alone\n");
+    fixture.end().await;
+}
+
+async fn cpu_time_is_limited() {
+    const SPENT: Duration = Duration::from_millis(300);
+    let spin = "while :; do :; done";
+    let fixture = Fixture::limited(spin, |limits| limits.amount.nano_cpus = 200_000_000);
+    let pid = fixture.start().await;
+    // The init's only child is the shell.
+    let children = format!("/proc/{pid}/task/{pid}/children");
+    let shell = fs::read_to_string(children).unwrap().trim().to_owned();
+    let spent = || {
+        let stat = fs::read_to_string(format!("/proc/{shell}/stat")).unwrap();
+        let times = stat.rsplit(") ").next().unwrap().split(' ').skip(11).take(2);
+        let ticks: u64 = times.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 10)
+    };
+    let (begin, before) = (Instant::now(), spent());
+    until("some CPU time", || spent() >= before + SPENT).await;
+    // A fifth of a CPU: 1.5 s, but for what is given out in whole periods.
+    assert!(begin.elapsed() > 4 * SPENT, "{SPENT:?} in {:?}", begin.elapsed());
+    fixture.end().await;
+}
+
+async fn limits_go_with_the_task() {
+    let fixture = Fixture::limited("sleep 1000", |limits| {
+        *limits =
+            Limits { amount: Amount { nano_cpus: 1_000_000, memory_bytes: 64 << 20 }, pids: 100 };
+    });
+    let pid = fixture.start().await;
+    let shim = fixture.dir.join("tasks").join(fixture.id().to_string()).join("shim.pid");
+    let shim: i32 = fs::read_to_string(shim).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::SIGKILL).unwrap();
+    until("the task's end", || !alive(pid)).await;
+    fixture.end().await;
+    // What cannot be set is no task, and leaves nothing.
+    let fixture = Fixture::limited("true", |limits| limits.amount.nano_cpus = u64::MAX);
+    let error = fixture.executor.prepare(&fixture.task, &fixture.context).await.unwrap_err();
+    assert!(error.to_string().starts_with("cannot set the limits: /"), "{error}");
+    fixture.end().await;
 }

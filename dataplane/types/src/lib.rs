@@ -14,6 +14,7 @@ pub mod mac;
 pub mod net;
 pub mod placement;
 pub mod record;
+pub mod resources;
 pub mod spec;
 pub mod task;
 
@@ -23,4 +24,4 @@ pub use ids::{
 };
 pub use mac::{Mac, MacKind};
 pub use net::{Mtu, Protocol};
-pub use placement::ConstraintParseError;
+pub use placement::{ConstraintParseError, SpreadParseError};

@@ -1,10 +1,11 @@
-//! Placement constraints as text: `node.labels.zone==a`, `node.role != manager`.
+//! Placement as text: constraints, `node.labels.zone==a` or `node.role != manager`, and what tasks
+//! are spread over, `node.labels.zone`.
 
 use core::{fmt, str::FromStr};
 
 use thiserror::Error;
 
-use crate::spec::{Constraint, ConstraintKey};
+use crate::spec::{Constraint, ConstraintKey, Spread};
 
 /// What a node has that a constraint can look at, for people.
 const KNOWN_KEYS: &str = "node.id, node.hostname, node.role, node.labels.KEY";
@@ -91,6 +92,28 @@ impl fmt::Display for Constraint {
     }
 }
 
+/// Why a text is nothing to spread over.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("tasks cannot be spread over `{0}`: name a label of nodes, as in `node.labels.zone`")]
+pub struct SpreadParseError(String);
+
+impl FromStr for Spread {
+    type Err = SpreadParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = text.get(..LABEL.len()).is_some_and(|start| start.eq_ignore_ascii_case(LABEL));
+        let label = text.get(LABEL.len()..).filter(|label| known && !label.is_empty());
+        let label = label.ok_or_else(|| SpreadParseError(text.to_owned()))?;
+        Ok(Self { label: label.to_owned() })
+    }
+}
+
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{LABEL}{}", self.label)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,5 +156,17 @@ mod tests {
             "node.role==boss".parse::<Constraint>(),
             Err(ConstraintParseError::UnknownRole(_))
         ));
+    }
+
+    #[test]
+    fn tasks_are_spread_over_labels_alone() {
+        let zone: Spread = "Node.Labels.Zone".parse().unwrap();
+        assert_eq!((zone.label.as_str(), &*zone.to_string()), ("Zone", "node.labels.Zone"));
+        for text in
+            ["", "zone", "node.labels.", "node.id", "engine.labels.x", "node.label\u{e9}s.x"]
+        {
+            let error = text.parse::<Spread>().unwrap_err().to_string();
+            assert!(error.contains(text) && error.contains("node.labels.zone"), "{error}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     ids::NetworkId,
     net::{Mtu, Protocol},
+    resources::Resources,
     task::TaskState,
 };
 
@@ -140,6 +141,15 @@ pub struct TaskSpec {
     /// How it finds names.
     #[serde(default)]
     pub dns: DnsSpec,
+    /// What it may take of its node, and what is kept for it there.
+    #[serde(default)]
+    pub resources: Resources,
+    /// The tasks of its service are spread over the values of these labels, the first one first.
+    #[serde(default)]
+    pub spread: Vec<Spread>,
+    /// How many tasks of its service one node may run; zero: no limit.
+    #[serde(default)]
+    pub max_per_node: u64,
 }
 
 /// How a task finds names.
@@ -230,6 +240,14 @@ pub enum ConstraintKey {
     Role,
     /// `node.labels.KEY`; a node without the label has the empty value.
     Label(String),
+}
+
+/// A label of nodes over whose values tasks are spread, as `--placement-pref` gives it:
+/// `spread=node.labels.zone`. Nodes without it are together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spread {
+    /// The label's key.
+    pub label: String,
 }
 
 /// Which executor runs a task.

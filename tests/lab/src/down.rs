@@ -1,6 +1,9 @@
 //! Removing a lab: by name, whatever of it there is, however far its `up` came.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, umount2};
@@ -42,7 +45,10 @@ pub fn down(name: &LabName) -> Result<bool> {
         attempt(unmount_below(&places.state));
         attempt(remove_tree(&places.state));
         // Parents that no other lab uses.
-        for parent in [places.cgroup.parent(), places.pins.parent()].into_iter().flatten() {
+        let cgroups = places.cgroup.parent();
+        let twins = cgroups.and_then(|cgroups| host::twins(cgroups).ok()).unwrap_or_default();
+        let parents = [cgroups, places.pins.parent()].into_iter().flatten();
+        for parent in parents.chain(twins.iter().map(PathBuf::as_path)) {
             let _ = fs::remove_dir(parent);
         }
         attempt(remove_tree(&places.run));

@@ -127,6 +127,15 @@ pub fn cgroup_root() -> Result<PathBuf> {
     Ok(found.point)
 }
 
+/// Where a cgroup of the cgroup2 mount has version 1 hierarchies beside it: daemons limit tasks
+/// there.
+pub(crate) fn twins(cgroup: &Path) -> Result<Vec<PathBuf>> {
+    let root = cgroup_root()?;
+    let Ok(below) = cgroup.strip_prefix(&root) else { return Ok(Vec::new()) };
+    let v1 = mounts()?.into_iter().filter(|mount| mount.kind == "cgroup");
+    Ok(v1.map(|mount| mount.point.join(below)).filter(|twin| twin.exists()).collect())
+}
+
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug)]
 pub(crate) struct Mount {

@@ -127,12 +127,17 @@ pub(crate) fn kill_cgroup(cgroup: &Path) -> Result<()> {
     })
 }
 
-/// Removes an empty cgroup and those below it.
+/// Removes an empty cgroup and those below it, also on version 1 hierarchies beside it.
 pub(crate) fn remove_cgroup(cgroup: &Path) -> Result<()> {
+    remove_tree(cgroup)?;
+    host::twins(cgroup)?.iter().try_for_each(|twin| remove_tree(twin))
+}
+
+fn remove_tree(cgroup: &Path) -> Result<()> {
     for name in host::list(cgroup)? {
         let child = cgroup.join(name);
         if child.is_dir() {
-            remove_cgroup(&child)?;
+            remove_tree(&child)?;
         }
     }
     // A cgroup stays busy for a moment after its last process (cgroup-v2, "populated").

@@ -16,6 +16,7 @@ pub mod network;
 pub mod node;
 pub mod paths;
 pub mod raft;
+pub mod resources;
 pub mod restart;
 pub mod roles;
 pub mod security;

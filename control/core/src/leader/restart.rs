@@ -2,7 +2,10 @@
 
 use mesh_types::task::TaskState;
 
-use super::view::{Place, Round};
+use super::{
+    scheduler,
+    view::{Place, Round},
+};
 use crate::{
     command::TaskChange,
     model::{Service, Task},
@@ -142,7 +145,11 @@ pub(super) fn hand_over(round: &mut Round<'_>, service: &Service, old: &Task, ne
     // No room beside the old one: in its place, then. An old one that has to leave its node does so
     // even if nobody can take over.
     let stuck = !new.status.err.is_empty()
-        && (state == TaskState::New || (state == TaskState::Pending && round.leaves(old)));
+        && match state {
+            TaskState::New => true,
+            TaskState::Pending => round.leaves(old) || scheduler::takes_instead(round, old, new),
+            _ => false,
+        };
     if given_up {
         round.end(new, TaskState::Shutdown);
     } else if stuck || round.stranded(old) || round.serves(new) {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_types::{NodeId, Revision, ServiceId, TaskId, spec::Constraint, task::TaskState};
 
-use super::{Decision, LeaderMemory};
+use super::{Decision, LeaderMemory, room::Room};
 use crate::{
     command::{Command, TaskChange},
     model::{Availability, Node, Service, Task},
@@ -69,6 +69,8 @@ pub(super) struct Round<'a> {
     /// What every node that is waited for has applied; `None`: there is none to wait for.
     acked: Option<u64>,
     silent: BTreeSet<NodeId>,
+    /// As the round began.
+    pub(super) room: Room,
 }
 
 impl<'a> Round<'a> {
@@ -88,7 +90,8 @@ impl<'a> Round<'a> {
             .map(|node| memory.acked.get(&node.id).map_or(0, |revision| revision.get()))
             .min();
         let silent = memory.silent.clone();
-        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None, acked, silent }
+        let room = Room::of(store);
+        Self { store, now_ms, fresh, changes, ending, wake_at_ms: None, acked, silent, room }
     }
 
     /// Whether all nodes have applied a change, or had the time to. Looks again when they had it.

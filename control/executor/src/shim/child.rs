@@ -55,7 +55,7 @@ pub(super) fn start_task(
         libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
     launch(namespaces, program, || {
         sys::set_name(c"mesh-init");
-        join_cgroup(&spec.cgroup)?;
+        join_cgroups(spec)?;
         unshare(CloneFlags::CLONE_NEWCGROUP)
             .map_err(|error| format!("cannot make a cgroup namespace: {error}"))?;
         nix::unistd::sethostname(&spec.hostname)
@@ -72,7 +72,7 @@ pub(super) fn start_task(
 pub(super) fn start_exec(init: Pid, spec: &ShimSpec, program: &Program<'_>) -> Result<Pid, String> {
     launch(0, program, || {
         sys::set_name(c"mesh-exec");
-        join_cgroup(&spec.cgroup)?;
+        join_cgroups(spec)?;
         // All are opened before the first is entered: in the task's mount namespace /proc shows
         // other process ids. The mount namespace comes last for the same reason.
         let kinds = ["cgroup", "ipc", "uts", "net", "pid", "mnt"];
@@ -188,9 +188,11 @@ fn fail(writer: BorrowedFd<'_>, reason: &str) -> ! {
     sys::exit_now(127)
 }
 
-fn join_cgroup(cgroup: &Path) -> Result<(), String> {
-    let procs = Cgroup::new(cgroup).task().join("cgroup.procs");
-    fs::write(&procs, "0").map_err(|error| format!("cannot join {}: {error}", procs.display()))
+fn join_cgroups(spec: &ShimSpec) -> Result<(), String> {
+    spec.twins.iter().chain([&Cgroup::new(&spec.cgroup).task()]).try_for_each(|cgroup| {
+        let procs = cgroup.join("cgroup.procs");
+        fs::write(&procs, "0").map_err(|error| format!("cannot join {}: {error}", procs.display()))
+    })
 }
 
 /// What the task sees of the file system: the host's, but its own `/etc` files, `/proc`, `/sys`.

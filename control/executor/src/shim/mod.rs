@@ -389,7 +389,7 @@ impl Shim {
     fn ended(&self, code: i32, error: Option<String>) -> Exit {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        Exit { code, oom: self.cgroup.oom_killed(), error, at_ms }
+        Exit { code, oom: self.cgroup.oom_killed(&self.spec.twins), error, at_ms }
     }
 
     fn read_outputs(&mut self, ready: &[bool]) {

@@ -58,6 +58,12 @@ UpdateStatus:
 Placement:
 {{- with .Spec.TaskTemplate.Placement}}{{with .Constraints}}
  Constraints:   {{join . \", \"}}
+{{- end}}
+{{- with .Preferences}}
+ Preferences:  {{range .}} spread={{.Spread.SpreadDescriptor}}{{end}}
+{{- end}}
+{{- with .MaxReplicas}}
+ Max Replicas Per Node: {{.}}
 {{- end}}{{end}}
 {{- with .Spec.UpdateConfig}}
 UpdateConfig:
@@ -94,21 +100,30 @@ ContainerSpec:
  Dir:           {{.Dir}}
 {{- end}}
 {{- end}}
-{{- with .Spec.TaskTemplate.Resources}}
+{{- with .Spec.TaskTemplate.Resources}}{{if or .Reservations .Limits}}
 Resources:
+{{- with .Reservations}}
+ Reservations:
+{{- with .CPUs}}
+  CPU:          {{.}}
+{{- end}}
+{{- with .Memory}}
+  Memory:       {{.}}
+{{- end}}
+{{- end}}
 {{- with .Limits}}
  Limits:
-{{- if .CPUs}}
-  CPU:          {{.CPUs}}
+{{- with .CPUs}}
+  CPU:          {{.}}
 {{- end}}
-{{- if .Memory}}
-  Memory:       {{.Memory}}
+{{- with .Memory}}
+  Memory:       {{.}}
 {{- end}}
-{{- if .Pids}}
-  Pids:         {{.Pids}}
+{{- with .Pids}}
+  Pids:         {{.}}
 {{- end}}
 {{- end}}
-{{- end}}
+{{- end}}{{end}}
 {{- with .Spec.TaskTemplate.Networks}}
 Networks:{{range .}} {{.Target}}{{end}}
 {{- end}}
@@ -155,10 +170,12 @@ fn readable(object: &Value) -> Value {
                     _ => (key.clone(), readable(field)),
                 })
                 .collect();
-            if let Some(nanos) = fields.get("NanoCPUs").and_then(Value::as_u64) {
+            let nanos = fields.get("NanoCPUs").and_then(Value::as_u64);
+            if let Some(nanos) = nanos.filter(|nanos| *nanos > 0) {
                 made.insert("CPUs".to_owned(), Value::from((nanos as f64 / 1e9).to_string()));
             }
-            if let Some(bytes) = fields.get("MemoryBytes").and_then(Value::as_u64) {
+            let bytes = fields.get("MemoryBytes").and_then(Value::as_u64);
+            if let Some(bytes) = bytes.filter(|bytes| *bytes > 0) {
                 made.insert("Memory".to_owned(), Value::from(size(bytes)));
             }
             Value::Object(made)
@@ -202,17 +219,21 @@ mod tests {
                 "FailureAction": "pause", "Monitor": 5_000_000_000_u64, "MaxFailureRatio": 0.1,
                 "Order": "stop-first"},
             "TaskTemplate": {"ContainerSpec": {"Image": "process", "Args": ["sleep", "9"]},
-                "Resources": {"Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864}},
-                "Placement": {"Constraints": ["node.role==worker"]}}},
+                "Resources": {"Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864},
+                    "Reservations": {"MemoryBytes": 4_194_304}},
+                "Placement": {"Constraints": ["node.role==worker"], "MaxReplicas": 2,
+                    "Preferences": [{"Spread": {"SpreadDescriptor": "node.labels.zone"}}]}}},
             "Endpoint": {"Spec": {}, "Ports": [{"PublishedPort": 8080, "TargetPort": 80,
                 "Protocol": "tcp", "PublishMode": "ingress"}]}});
         let text = shown(&service, SERVICE);
         for line in [
             "ID:             s1\n",
             "Labels:\n a=b\n c\nService Mode:   Replicated\n Replicas:      2\nPlacement:\n",
-            " Constraints:   node.role==worker\nUpdateConfig:\n Parallelism:   1\n",
+            " Constraints:   node.role==worker\n Preferences:   spread=node.labels.zone\n",
+            " Max Replicas Per Node: 2\nUpdateConfig:\n Parallelism:   1\n",
             " Delay:         2.5s\n On failure:    pause\n Monitoring Period: 5s\n",
-            " Args:          sleep 9\nResources:\n Limits:\n  CPU:          0.5\n",
+            " Args:          sleep 9\nResources:\n Reservations:\n  Memory:       4MiB\n",
+            " Limits:\n  CPU:          0.5\n",
             "  Memory:       64MiB\nEndpoint Mode:  vip\nPorts:\n PublishedPort = 8080\n",
         ] {
             assert!(text.contains(line), "{line:?} is not in\n{text}");

@@ -5,12 +5,18 @@ use std::{net::IpAddr, path::PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use mesh_api::{
-    ContainerSpec, DnsConfig, EndpointSpec, GlobalMode, NetworkTarget, Placement, Port,
-    ReplicatedMode, RestartPolicy, ServiceCreated, ServiceMode, ServiceSpec, TaskTemplate,
-    UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, GlobalMode, NetworkTarget, Placement,
+    PlacementPreference, Port, ReplicatedMode, RestartPolicy, ServiceCreated, ServiceMode,
+    ServiceSpec, TaskTemplate, UpdateConfig,
 };
 
-use super::{WaitArgs, duration, labels, policy::PolicyArgs, progress, publish, update::words};
+use super::{
+    WaitArgs, duration, labels,
+    policy::PolicyArgs,
+    progress, publish,
+    resources::{ResourceArgs, preference},
+    update::words,
+};
 use crate::{Usage, client::Client, output::say};
 
 /// The container label that chooses the executor.
@@ -135,6 +141,12 @@ pub(crate) struct CreateArgs {
     /// Run it only on nodes where this holds, like node.labels.zone==a (may be repeated)
     #[arg(long, value_name = "CONSTRAINT")]
     constraint: Vec<String>,
+    /// Spread its tasks over the values of a label of nodes, like spread=node.labels.zone (may be
+    /// repeated)
+    #[arg(long, value_parser = preference, value_name = "PREFERENCE")]
+    placement_pref: Vec<PlacementPreference>,
+    #[command(flatten)]
+    resources: ResourceArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     /// What runs its tasks; sets the container label mesh.runtime
@@ -195,6 +207,13 @@ fn spec(
             "no image and no runtime given: use `--runtime process -- CMD…`".to_owned()
         )),
     };
+    let max_replicas = args.resources.replicas_max_per_node.unwrap_or(0);
+    if max_replicas > 0 && args.mode != Mode::Replicated {
+        let what = "--replicas-max-per-node goes with --mode replicated alone";
+        bail!(Usage(what.to_owned()));
+    }
+    let placement =
+        Placement { constraints: args.constraint, preferences: args.placement_pref, max_replicas };
     Ok(ServiceSpec {
         name: if args.name.is_empty() { random_name() } else { args.name },
         labels: labels(&args.label),
@@ -212,14 +231,14 @@ fn spec(
                 stop_grace_period: args.stop_grace_period,
                 dns_config: dns_config(&args.dns, args.dns_search, args.dns_option),
             }),
+            resources: args.resources.requirements()?,
             restart_policy: restart_policy(
                 args.restart_condition,
                 args.restart_delay,
                 args.restart_max_attempts,
                 args.restart_window,
             ),
-            placement: (!args.constraint.is_empty())
-                .then_some(Placement { constraints: args.constraint }),
+            placement: (placement != Placement::default()).then_some(placement),
             networks: args.network,
             force_update: 0,
             runtime: "container".into(),
@@ -379,6 +398,7 @@ mod tests {
              --restart-condition on-failure --restart-delay 1s --stop-signal SIGINT \
              --stop-grace-period 3s --constraint node.role==worker --update-delay 2s \
              --update-order start-first --endpoint-mode dnsrr --hostname h -w /tmp \
+             --limit-memory 64m --reserve-cpu 0.5 --placement-pref spread=node.labels.zone \
              --runtime process \
              -- true",
         )
@@ -392,7 +412,14 @@ mod tests {
             (restart.condition.as_str(), restart.delay),
             ("on-failure", Some(1_000_000_000))
         );
-        assert_eq!(spec.task_template.placement.unwrap().constraints, ["node.role==worker"]);
+        let placement = spec.task_template.placement.unwrap();
+        assert_eq!(
+            (&placement.constraints[0][..], placement.preferences.len()),
+            ("node.role==worker", 1)
+        );
+        let resources = spec.task_template.resources.unwrap();
+        assert_eq!(resources.limits.unwrap().memory_bytes, 64 << 20);
+        assert_eq!(resources.reservations.unwrap().nano_cpus, 500_000_000);
         let update = UpdateConfig {
             parallelism: Some(1),
             delay: Some(2_000_000_000),
@@ -416,6 +443,7 @@ mod tests {
             "meshctl service create --name w",
             "meshctl service create --name w -- true",
             "meshctl service create --mode global --replicas 2 --runtime process -- true",
+            "meshctl service create --mode global --replicas-max-per-node 2 --runtime process x",
             "meshctl service create --mode replicated-job --runtime process -- true",
             "meshctl service create --runtime oci host true",
         ] {

@@ -8,11 +8,12 @@ mod policy;
 pub(crate) mod progress;
 pub(crate) mod ps;
 mod publish;
+mod resources;
 mod update;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use mesh_api::{Map, Port, Service, ServiceSpec};
+use mesh_api::{Map, Port, Service, ServiceSpec, ServiceStatus};
 use serde_json::{Value, json};
 
 use crate::{
@@ -145,7 +146,13 @@ async fn list(client: &Client, args: ListArgs) -> Result<()> {
             id(&service),
             spec.name,
             if spec.mode.global.is_some() { "global" } else { "replicated" }.to_owned(),
-            format!("{}/{}", status.running_tasks, status.desired_tasks),
+            match spec.task_template.placement.map_or(0, |placement| placement.max_replicas) {
+                0 => format!("{}/{}", status.running_tasks, status.desired_tasks),
+                most => {
+                    let ServiceStatus { running_tasks, desired_tasks, .. } = status;
+                    format!("{running_tasks}/{desired_tasks} (max {most} per node)")
+                }
+            },
             image_name(&container.image),
             ports(&service.endpoint.ports),
         ]);

@@ -6,7 +6,13 @@ use mesh_api::UpdateConfig;
 use serde_json::{Map, Value, json};
 
 use super::{
-    WaitArgs, change::ChangeArgs, create::env, names::NameArgs, policy::PolicyArgs, progress,
+    WaitArgs,
+    change::ChangeArgs,
+    create::env,
+    names::NameArgs,
+    policy::PolicyArgs,
+    progress,
+    resources::{PreferenceArgs, ResourceArgs},
     set_replicas, warn,
 };
 use crate::{
@@ -42,6 +48,10 @@ pub(crate) struct UpdateArgs {
     change: ChangeArgs,
     #[command(flatten)]
     names: NameArgs,
+    #[command(flatten)]
+    preferences: PreferenceArgs,
+    #[command(flatten)]
+    resources: ResourceArgs,
     #[command(flatten)]
     policy: PolicyArgs,
     /// Go back to the spec before the last update
@@ -149,6 +159,8 @@ fn edit(
         }
     }
     args.names.apply(spec)?;
+    args.preferences.apply(spec)?;
+    args.resources.apply(spec)?;
     policy(spec, "UpdateConfig", args.policy.update())?;
     policy(spec, "RollbackConfig", args.policy.rollback())
 }

@@ -14,6 +14,7 @@ use std::{
 use mesh_executor::{Exit, FoundState, SIGTERM, parse_signal};
 use mesh_types::{
     Protocol, TaskId,
+    resources::Bytes,
     task::{InterfaceKind, TaskAssignment, TaskState, TaskStatus},
 };
 
@@ -727,7 +728,13 @@ impl Task {
             None if exit.code == 0 => (TaskState::Complete, "finished", String::new()),
             None if exit.oom => {
                 let err = format!("task: non-zero exit ({}): out of memory", exit.code);
-                (TaskState::Failed, "started", err)
+                let memory = |assignment: &TaskAssignment| {
+                    assignment.spec.resources.limits.amount.memory_bytes
+                };
+                let limit = self.assignment.as_ref().map_or(0, memory);
+                let of =
+                    if limit > 0 { format!(", limit {}", Bytes(limit)) } else { String::new() };
+                (TaskState::Failed, "started", err + &of)
             }
             None => (TaskState::Failed, "started", format!("task: non-zero exit ({})", exit.code)),
         };

@@ -161,6 +161,18 @@ fn failures_carry_their_reason() {
     single.step("detach", Outcome::Done);
     single.assert_status(TaskState::Failed, "started", "task: non-zero exit (3)");
 
+    for (limit, words) in [(0, "out of memory"), (64 << 20, "out of memory, limit 64MiB")] {
+        let mut single = Single::running();
+        let mut task = task(1, TaskState::Running);
+        task.spec.resources.limits.amount.memory_bytes = limit;
+        single.core.handle_assign(2, vec![task], &BTreeSet::new());
+        let exit = Exit { oom: true, ..exit(137) };
+        single.core.handle_outcome(3, single.id, Outcome::Ended(exit));
+        single.step("detach", Outcome::Done);
+        let err = format!("task: non-zero exit (137): {words}");
+        single.assert_status(TaskState::Failed, "started", &err);
+    }
+
     let mut single = Single::new(TaskState::Running);
     single.step("prepare", Outcome::Failed("no cgroup2".into()));
     single.assert_status(TaskState::Rejected, "preparing", "no cgroup2");

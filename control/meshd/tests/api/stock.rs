@@ -201,7 +201,8 @@ async fn service_verbs() {
     assert!(taken.contains("port '8080' is already in use by service"), "{taken}");
     for (flags, word) in [
         ("--mount type=volume,source=a,target=/a", "--mount"),
-        ("--limit-memory 64M", "--limit-memory"),
+        ("--limit-memory 1M", "at least 4MiB"),
+        ("--generic-resource gpu=1", "--generic-resource"),
         ("--constraint node.mood==good", "node.mood"),
         ("--health-cmd true", "--health"),
         ("--mode replicated-job", "replicated-job"),

@@ -29,8 +29,11 @@ impl Traces {
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             lines.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or_default()));
         }
-        for root in ["/sys/fs/cgroup/mesh", "/sys/fs/cgroup/unified/mesh", "/sys/fs/bpf/mesh"] {
-            lines.extend(directories(Path::new(root)));
+        lines.extend(directories(Path::new("/sys/fs/cgroup/mesh")));
+        lines.extend(directories(Path::new("/sys/fs/bpf/mesh")));
+        // Hybrid machines have one for each hierarchy.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            lines.extend(directories(&hierarchy.path().join("mesh")));
         }
         for path in ["/run/mesh-lab", "/var/lib/mesh-lab"].map(|root| Path::new(root).join(LAB)) {
             if path.exists() {

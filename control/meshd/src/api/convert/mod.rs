@@ -4,6 +4,7 @@ pub(super) mod cluster;
 mod dns;
 pub(super) mod network;
 pub(super) mod node;
+mod resources;
 pub(super) mod service;
 pub(super) mod spec;
 pub(super) mod task;

@@ -16,7 +16,7 @@ use mesh_types::{
 };
 use serde_json::{Value, json};
 
-use super::{dns, update};
+use super::{dns, resources, update};
 use crate::api::{ApiError, find, request::typed};
 
 /// The container label that chooses the executor.
@@ -43,16 +43,9 @@ const NOT_IMPLEMENTED: &[(&str, &str, &[&str])] = &[
     ("/TaskTemplate/ContainerSpec/CapabilityDrop", "--cap-drop", &[]),
     ("/TaskTemplate/ContainerSpec/Ulimits", "--ulimit", &[]),
     ("/TaskTemplate/ContainerSpec/OomScoreAdj", "--oom-score-adj", &[]),
-    ("/TaskTemplate/Resources/Limits", "--limit-cpu, --limit-memory, --limit-pids", &[]),
-    (
-        "/TaskTemplate/Resources/Reservations",
-        "--reserve-cpu, --reserve-memory, --generic-resource",
-        &[],
-    ),
+    ("/TaskTemplate/Resources/Reservations/GenericResources", "--generic-resource", &[]),
     ("/TaskTemplate/Resources/SwapBytes", "--memory-swap", &[]),
     ("/TaskTemplate/Resources/MemorySwappiness", "--memory-swappiness", &["-1"]),
-    ("/TaskTemplate/Placement/Preferences", "--placement-pref", &[]),
-    ("/TaskTemplate/Placement/MaxReplicas", "--replicas-max-per-node", &[]),
     ("/TaskTemplate/LogDriver", "--log-driver, --log-opt", &[]),
     ("/TaskTemplate/PluginSpec", "a plugin service", &[]),
     ("/TaskTemplate/NetworkAttachmentSpec", "a network attachment service", &[]),
@@ -178,6 +171,7 @@ fn task_spec(
         )));
     }
     let text = |text: String| (!text.is_empty()).then_some(text);
+    let placement = template.placement.clone().unwrap_or_default();
     Ok(TaskSpec {
         image: container.image,
         runtime,
@@ -190,18 +184,21 @@ fn task_spec(
         stop_signal: text(container.stop_signal),
         stop_grace_period: container.stop_grace_period.map(Duration::from_nanos),
         restart: restart_policy(template.restart_policy.as_ref())?,
-        constraints: constraints(template.placement.as_ref())?,
+        constraints: constraints(&placement.constraints)?,
         force_update: template.force_update,
         dns: dns::config(container.dns_config)?,
+        resources: resources::resources(template.resources.as_ref())?,
+        spread: resources::spread(&placement.preferences)?,
+        max_per_node: placement.max_replicas,
     })
 }
 
-fn constraints(sent: Option<&api::Placement>) -> Result<Vec<Constraint>, ApiError> {
+fn constraints(sent: &[String]) -> Result<Vec<Constraint>, ApiError> {
     let parse = |text: &String| {
         text.parse::<Constraint>()
             .map_err(|err| ApiError::bad_request(format!("invalid Placement: {err}")))
     };
-    sent.into_iter().flat_map(|placement| &placement.constraints).map(parse).collect()
+    sent.iter().map(parse).collect()
 }
 
 fn restart_policy(sent: Option<&api::RestartPolicy>) -> Result<RestartPolicy, ApiError> {
@@ -407,6 +404,14 @@ mod tests {
                 400,
                 "constraint `node.mood==good`: unknown key",
             ),
+            (
+                "/TaskTemplate/Placement/Preferences",
+                json!([{"Spread": {"SpreadDescriptor": "node.ip"}}]),
+                400,
+                "cannot be spread over `node.ip`",
+            ),
+            ("/TaskTemplate/Placement/MaxReplicas", json!(-1), 400, "invalid JSON"),
+            ("/TaskTemplate/Resources/Limits/MemoryBytes", json!(1024), 400, "at least 4MiB"),
             ("/UpdateConfig", json!({"Parallelism": -1}), 400, "invalid JSON"),
             ("/UpdateConfig", json!({"Order": "x"}), 400, "--update-order"),
             ("/RollbackConfig", json!({"FailureAction": "x"}), 400, "--rollback-failure-action"),

@@ -12,7 +12,7 @@ use mesh_types::{
 
 use super::{
     network::{container_id, ipam_config},
-    time, version,
+    resources, time, version,
 };
 
 pub(crate) fn state(state: TaskState) -> &'static str {
@@ -118,6 +118,11 @@ pub(crate) fn task_template(spec: &TaskSpec, networks: &[NetworkAttachment]) -> 
         RestartCondition::OnFailure => "on-failure",
         RestartCondition::Any => "any",
     };
+    let placement = api::Placement {
+        constraints: spec.constraints.iter().map(ToString::to_string).collect(),
+        preferences: resources::preferences(&spec.spread),
+        max_replicas: spec.max_per_node,
+    };
     api::TaskTemplate {
         container_spec: Some(api::ContainerSpec {
             image: spec.image.clone(),
@@ -135,15 +140,14 @@ pub(crate) fn task_template(spec: &TaskSpec, networks: &[NetworkAttachment]) -> 
                 options: spec.dns.options.clone(),
             }),
         }),
+        resources: resources::requirements(&spec.resources),
         restart_policy: Some(api::RestartPolicy {
             condition: condition.into(),
             delay: Some(nanos(spec.restart.delay)),
             max_attempts: Some(spec.restart.max_attempts.unwrap_or_default()),
             window: Some(nanos(spec.restart.window)),
         }),
-        placement: (!spec.constraints.is_empty()).then(|| api::Placement {
-            constraints: spec.constraints.iter().map(ToString::to_string).collect(),
-        }),
+        placement: (placement != api::Placement::default()).then_some(placement),
         networks: networks
             .iter()
             .map(|attachment| api::NetworkTarget {

@@ -1,6 +1,9 @@
 //! The cgroup (v2) of a task: `<parent>/<task id>` with two leaves, `task` for its processes and
 //! `shim` for its shim, so that killing the one spares the other, and so that neither is in the
-//! daemon's cgroup (a service manager that stops meshd must not take the tasks along).
+//! daemon's cgroup (a service manager that stops meshd must not take the tasks along). What holds
+//! the task to its limits is in [`limits`].
+
+mod limits;
 
 use std::{
     fs, io,
@@ -8,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use self::limits::{Hierarchies, Plan};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 /// A task's cgroup.
@@ -42,14 +46,14 @@ impl Cgroup {
         fs::create_dir_all(self.shim())
     }
 
-    /// Whether the kernel's out-of-memory killer struck among the task's processes. `false` where
-    /// the memory controller is not on this hierarchy.
+    /// Whether the kernel's out-of-memory killer struck among the task's processes, as far as a
+    /// memory controller counts that: on this hierarchy, or on that of one of the task's twins.
     #[must_use]
-    pub fn oom_killed(&self) -> bool {
-        fs::read_to_string(self.task().join("memory.events"))
-            .ok()
-            .and_then(|text| field(&text, "oom_kill"))
-            .is_some_and(|count| count > 0)
+    pub fn oom_killed(&self, twins: &[PathBuf]) -> bool {
+        let counters = twins.iter().map(|twin| twin.join("memory.oom_control"));
+        let mut counters = counters.chain([self.task().join("memory.events")]);
+        let counted = |path| field(&fs::read_to_string(path).ok()?, "oom_kill");
+        counters.any(|path: PathBuf| counted(path).is_some_and(|count| count > 0))
     }
 
     /// Sends SIGKILL to every process in `leaf` and below (`cgroup.kill`, since Linux 5.14).
@@ -60,23 +64,36 @@ impl Cgroup {
         absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))
     }
 
-    /// Kills what is left in the cgroup, waits until it is gone, and removes it. Blocks for at most
-    /// `timeout`.
+    /// Kills what is left in the cgroup, waits until it is gone, and removes it and its twins.
+    /// Blocks for at most `timeout`.
     ///
     /// # Errors
     /// Those of the file system, and `TimedOut` while a process does not die (it hangs in the
     /// kernel).
-    pub fn destroy(&self, timeout: Duration) -> io::Result<()> {
+    pub fn destroy(&self, twins: &[PathBuf], timeout: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + timeout;
         Self::kill(&self.0)?;
-        self.wait_empty(&self.0, timeout)?;
+        self.wait_empty(&self.0, deadline)?;
         for path in [self.task(), self.shim(), self.0.clone()] {
             absent_is_fine(fs::remove_dir(path))?;
         }
-        Ok(())
+        twins.iter().try_for_each(|twin| {
+            // Version 1 does not tell when the last process has left.
+            loop {
+                match absent_is_fine(fs::remove_dir(twin)) {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::ResourceBusy
+                            && Instant::now() < deadline =>
+                    {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    done => return done,
+                }
+            }
+        })
     }
 
-    fn wait_empty(&self, path: &Path, timeout: Duration) -> io::Result<()> {
-        let deadline = Instant::now() + timeout;
+    fn wait_empty(&self, path: &Path, deadline: Instant) -> io::Result<()> {
         loop {
             let text = match fs::read_to_string(path.join("cgroup.events")) {
                 Ok(text) => text,
