@@ -1,4 +1,4 @@
-//! Puts pending tasks on nodes that have what they ask for, and spreads them: over the values of the
+//! Puts pending tasks on nodes that have what they ask for, and spreads them: over the values of
 //! labels that their service names, then to the node with the fewest tasks of the service, then the
 //! fewest tasks, then the lowest id; nodes on which the service keeps failing come last.
 

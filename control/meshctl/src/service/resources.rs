@@ -13,7 +13,7 @@ pub(super) struct ResourceArgs {
     /// The most CPU time that a task may take, like 0.5 of one CPU; 0: no limit
     #[arg(long, value_parser = cpus, value_name = "CPUS")]
     limit_cpu: Option<i64>,
-    /// The most memory that a task may take, like 64m; a task that needs more is killed; 0: no limit
+    /// The most memory that a task may take, like 64m; one that needs more is killed; 0: no limit
     #[arg(long, value_parser = bytes, value_name = "BYTES")]
     limit_memory: Option<i64>,
     /// The most processes and threads that a task may have; 0: no limit
