@@ -3,6 +3,7 @@
 
 mod asks;
 mod cluster;
+mod control;
 mod dns;
 mod dns_servers;
 mod overlay;
@@ -28,6 +29,11 @@ enum Command {
     Overlay(overlay::Overlay),
     /// The resolver beside unbound, nsd and dnsmasq.
     Dns(dns::Dns),
+    /// Writes through raft beside etcd's.
+    Control(control::Control),
+    /// A manager, or writers to etcd (used by `control`).
+    #[command(hide = true, subcommand)]
+    ControlPart(control::Part),
     /// What users feel when something fails, or is changed, each many times.
     Trust(trust::Trust),
     /// One event of `trust` in a lab that is up (used by the demo).
@@ -44,6 +50,8 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Overlay(options) => overlay::run(&options),
         Command::Dns(options) => dns::run(&options),
+        Command::Control(options) => control::run(&options),
+        Command::ControlPart(part) => control::part(part),
         Command::Trust(options) => trust::run(&options),
         Command::Event(options) => trust::one(&options),
         Command::Peers => {

@@ -175,6 +175,19 @@ fn question_of(message: &[u8]) -> Option<(Header, Query)> {
     Some((header, question))
 }
 
+/// An answer is taken if it is one, and goes out under the asker's number.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_accept(query: &[u8], reply: &[u8]) {
+    let Ok(asked) = Asked::new(query) else { return };
+    let mut reply = reply.to_vec();
+    if let Some(id) = reply.get_mut(..2) {
+        id.copy_from_slice(&asked.id.to_be_bytes());
+    }
+    if let Some((answer, _)) = asked.accept(&reply) {
+        assert_eq!(answer[..2], query[..2], "the answer has the query's number");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use hickory_proto::{

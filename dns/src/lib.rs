@@ -17,6 +17,8 @@ mod cache;
 pub mod control;
 mod fast;
 pub mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod handover;
 pub mod index;
 mod memory;

@@ -52,7 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("xtask", &[]),
 ];
 /// Tests and benchmarks may use anything.
-const FREE: &[&str] = &["mesh-tests", "mesh-bench"];
+const FREE: &[&str] = &["mesh-tests", "mesh-bench", "mesh-fuzz"];
 /// Crates that other programs simulate: no runtime, no kernel, not even indirectly by name.
 const SIMULATED: &[&str] =
     &["mesh-types", "mesh-control", "mesh-dataplane", "mesh-gossip", "mesh-ebpf-core"];

@@ -20,7 +20,10 @@ pub mod store;
 pub mod stream;
 pub mod token;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(test), allow(dead_code, reason = "fuzzers need little of it"))]
 mod fixtures;
+#[cfg(fuzzing)]
+pub mod fuzz;
 #[cfg(test)]
 mod sim;

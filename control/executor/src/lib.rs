@@ -14,6 +14,12 @@
 pub mod cgroup;
 pub mod contract;
 pub mod logs;
+#[cfg(fuzzing)]
+pub mod fuzz {
+    //! What `cargo xtask fuzz` calls.
+
+    pub use crate::logs::fuzz_line as log_line;
+}
 mod process;
 pub mod shim;
 mod signal;

@@ -206,6 +206,12 @@ fn parse(line: &[u8]) -> Option<LogEntry> {
     Some(LogEntry { stderr: stream == "stderr", at_ns, text: log.into_bytes() })
 }
 
+/// A line of a log that anything may have written.
+#[cfg(fuzzing)]
+pub fn fuzz_line(line: &[u8]) {
+    let _ = parse(line);
+}
+
 /// The output of several tasks, in the order of its times as far as it is there.
 #[derive(Debug)]
 pub struct MergedLogs<Id> {

@@ -6,6 +6,8 @@
 
 mod client;
 mod complete;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod lab;
 mod network;
 mod node;

@@ -12,6 +12,8 @@
 mod config;
 mod disk;
 mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod handle;
 mod leadership;
 mod machine;

@@ -156,6 +156,12 @@ fn restore(meta: &SnapshotMeta, data: &[u8]) -> io::Result<State> {
     Ok(State { image, applied: meta.last_log_id, membership: meta.last_membership.clone() })
 }
 
+/// A snapshot from another manager.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz_snapshot(data: &[u8]) -> io::Result<()> {
+    restore(&SnapshotMeta::default(), data).map(drop)
+}
+
 impl RaftSnapshotBuilder<Types> for Machine {
     type SnapshotData = Vec<u8>;
 

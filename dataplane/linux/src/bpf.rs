@@ -200,6 +200,11 @@ impl Bpf {
         Ok(found)
     }
 
+    /// What the hook's program does with a frame: see [`bpf_sys::test_run`].
+    pub(crate) fn test_run(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+        bpf_sys::test_run(self.program(hook)?, ifindex, frame)
+    }
+
     /// Whether the hook's program is attached by a pinned tcx link. Not so on a task's `lo`: making
     /// a tcx link waits for an RCU grace period under the RTNL lock (`tcx_entry_sync`, measured
     /// 15 ms), which every task start on the machine would pay for once more.

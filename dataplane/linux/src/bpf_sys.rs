@@ -24,6 +24,7 @@ const BPF_PROG_LOAD: i32 = 5;
 const BPF_OBJ_PIN: i32 = 6;
 const BPF_OBJ_GET: i32 = 7;
 const BPF_PROG_DETACH: i32 = 9;
+const BPF_PROG_TEST_RUN: i32 = 10;
 const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_PROG_QUERY: i32 = 16;
@@ -248,6 +249,25 @@ pub(crate) fn load_trivial() -> io::Result<OwnedFd> {
         .u64(16, c"GPL".as_ptr() as u64);
     // SAFETY: instructions and licence live through the call.
     unsafe { attr.call_fd(BPF_PROG_LOAD) }
+}
+
+/// Runs a tc program on a copy of a frame, as if it came in by a link of the calling thread's
+/// namespace, and returns its action. What it wrote into the frame is lost.
+pub(crate) fn test_run(program: BorrowedFd, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+    // `struct __sk_buff` up to its ifindex.
+    let mut context = [0u32; 11];
+    context[10] = ifindex;
+    let mut attr = Attr::new()
+        .fd(0, program)
+        .u32(8, frame.len() as u32)
+        .u64(16, frame.as_ptr() as u64)
+        .u32(32, 1)
+        .u32(40, size_of_val(&context) as u32)
+        .u64(48, context.as_ptr() as u64);
+    // SAFETY: frame and context are as long as said and live through the call.
+    unsafe { attr.call_back(BPF_PROG_TEST_RUN)? };
+    let [a, b, c, d] = [4, 5, 6, 7].map(|at| attr.0[at]);
+    Ok(i32::from_ne_bytes([a, b, c, d]))
 }
 
 /// A hash or array map as bytes.

@@ -486,6 +486,16 @@ impl Engine {
         self.bpf.counters()
     }
 
+    /// What the program of a hook does with a frame that comes in by a link: its action
+    /// (`TC_ACT_*`). The frame goes nowhere, but maps and counters change. For tests, from a thread
+    /// in the node's namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses: fewer than 14 bytes or more than a page, no such link, no right.
+    pub fn test_run(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+        self.bpf.test_run(hook, ifindex, frame)
+    }
+
     /// Collects flows that ended: a slice of the table in each call, so that a call every second
     /// costs little. Returns how many entries it removed. `now_ns` is CLOCK_MONOTONIC.
     pub fn collect_flows(&mut self, now_ns: u64) -> usize {

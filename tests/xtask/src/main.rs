@@ -3,12 +3,15 @@
 
 mod demo;
 mod ebpf;
+mod fuzz;
 mod nightly;
 mod peer;
 mod setup;
 mod shell;
 mod test;
 mod vm;
+
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -59,6 +62,20 @@ enum Command {
         /// Only one simulation: gossip, store or raft
         name: Option<String>,
     },
+    /// Feed every parser, and the BPF programs, with what nobody should send
+    ///
+    /// What fails is kept in target/fuzz/found; put it into tests/fuzz/corpus/TARGET once mended,
+    /// where each run begins with it.
+    Fuzz {
+        /// Only one target
+        target: Option<String>,
+        /// How long each runs
+        #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+        seconds: u64,
+        /// How many at a time
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+        jobs: u16,
+    },
     /// Rebuild the BPF object with the pinned tools
     Ebpf {
         /// Fail if the committed object is not what the source gives, and change nothing
@@ -79,6 +96,11 @@ fn main() -> Result<()> {
         Command::Bench { name, arguments } => test::bench(&name, &arguments),
         Command::Nightly { seeds, first, name } => {
             nightly::run(&(first..first.saturating_add(seeds)), name.as_deref())
+        }
+        Command::Fuzz { target, seconds, jobs } => {
+            let each = Duration::from_secs(seconds);
+            let plan = fuzz::Plan { each, jobs: jobs.into(), idle: false };
+            fuzz::build()?.run(target.as_deref(), plan)
         }
         Command::Ebpf { check } => ebpf::run(check),
         Command::Setup => setup::install(setup::ALL),

@@ -42,6 +42,9 @@ pub(crate) const ALL: &[Tool] = &[
     tool("strip", &["binutils"]),
 ];
 
+/// What libFuzzer is compiled with.
+pub(crate) const FUZZ: &[Tool] = &[tool("c++", &["g++"])];
+
 /// The peers of `bench dns`. They are daemons: see [`install_peers`].
 const DNS_PEERS: &[Tool] = &[
     tool("dnsperf", &["dnsperf"]),
@@ -49,13 +52,20 @@ const DNS_PEERS: &[Tool] = &[
     tool("nsd", &["nsd"]),
     tool("dnsmasq", &["dnsmasq-base"]),
 ];
+/// The peer of `bench control`, likewise.
+const CONTROL_PEERS: &[Tool] = &[tool("etcd", &["etcd-server"])];
 /// What says whether a package may start its daemon (invoke-rc.d(8)).
 const POLICY: &str = "/usr/sbin/policy-rc.d";
 
 /// Installs what a benchmark compares mesh with. None of it serves this machine, now or after its
 /// next start.
 pub(crate) fn install_peers(benchmark: &str) -> Result<()> {
-    if benchmark != "dns" || DNS_PEERS.iter().all(|tool| on_path(tool.program)) {
+    let (peers, daemons): (_, &[&str]) = match benchmark {
+        "dns" => (DNS_PEERS, &["unbound", "nsd"]),
+        "control" => (CONTROL_PEERS, &["etcd"]),
+        _ => return Ok(()),
+    };
+    if peers.iter().all(|tool| on_path(tool.program)) {
         return Ok(());
     }
     let policy = Path::new(POLICY);
@@ -64,13 +74,13 @@ pub(crate) fn install_peers(benchmark: &str) -> Result<()> {
         fs::write(policy, "#!/bin/sh\nexit 101\n").with_context(|| format!("write {POLICY}"))?;
         fs::set_permissions(policy, fs::Permissions::from_mode(0o755))?;
     }
-    let installed = install(DNS_PEERS);
+    let installed = install(peers);
     if own {
         fs::remove_file(policy).with_context(|| format!("remove {POLICY}"))?;
     }
     installed?;
     if Path::new("/run/systemd/system").exists() {
-        visible(Command::new("systemctl").args(["disable", "--now", "--quiet", "unbound", "nsd"]))?;
+        visible(Command::new("systemctl").args(["disable", "--now", "--quiet"]).args(daemons))?;
     }
     Ok(())
 }

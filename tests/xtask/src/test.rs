@@ -1,20 +1,25 @@
 //! Every test there is, in the order in which failures are cheapest to hear of.
 
 use std::{
+    cell::{Cell, OnceCell},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::{
-    setup,
+    fuzz, setup,
     shell::{build_release, cargo, require_root, visible},
     vm,
 };
 
 /// The integration test that runs in other kernels too: that of mesh-linux.
 const VM_TEST: &str = "kernel";
+
+/// How parsers are fuzzed in a test run.
+const FUZZED: fuzz::Plan = fuzz::Plan { each: Duration::from_secs(30), jobs: 1, idle: true };
 
 /// One part of a test run, and how it went.
 struct Part {
@@ -55,9 +60,35 @@ pub(crate) fn run(filter: Option<&str>, with_vms: bool) -> Result<()> {
     }
     part("unit, property and namespace tests", &|| {
         let mut tests = with(&["test", "--workspace", "--quiet", "--no-fail-fast"], filter);
-        visible(tests.env("MESH_TESTS_NO_LABS", "1"))
+        tests.env("MESH_TESTS_NO_LABS", "1");
+        if filter.is_none() {
+            tests.env(fuzz::PROGRAMS_SECONDS, FUZZED.each.as_secs().to_string());
+        }
+        visible(&mut tests)
     });
-    part("labs", &|| visible(&mut with(&["test", "--workspace", "--test", "lab"], filter)));
+    let labs = || visible(&mut with(&["test", "--workspace", "--test", "lab"], filter));
+    if filter.is_some() {
+        part("labs", &labs);
+    } else {
+        let fuzzers = OnceCell::new();
+        part("fuzzers (built)", &|| {
+            let _ = fuzzers.set(fuzz::build()?);
+            Ok(())
+        });
+        // Labs wait much: what they leave of the processors goes to the fuzzers.
+        thread::scope(|scope| {
+            let fuzzers = fuzzers.into_inner();
+            let fuzzed = scope.spawn(|| fuzzers.map_or(Ok(()), |all| all.run_parsers(FUZZED)));
+            part("labs", &labs);
+            let fuzzed = Cell::new(Some(fuzzed));
+            part("fuzzers (beside the labs)", &|| {
+                let result = fuzzed.take().map(thread::ScopedJoinHandle::join);
+                result
+                    .context("joined once")?
+                    .map_err(|_| anyhow!("the fuzzers' thread panicked"))?
+            });
+        });
+    }
     if with_vms {
         part("other kernels", &|| vm::run(VM_TEST, filter));
     }

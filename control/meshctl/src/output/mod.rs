@@ -5,7 +5,7 @@ mod format;
 mod inspect;
 mod pretty;
 mod table;
-mod template;
+pub(crate) mod template;
 
 use std::io::{self, Write as _};
 

@@ -8,6 +8,8 @@ pub mod backend;
 mod convert;
 mod error;
 mod find;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod logs;
 mod networks;
 mod nodes;

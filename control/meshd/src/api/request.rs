@@ -54,6 +54,11 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 }
 
 impl Body {
+    #[cfg(fuzzing)]
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Self(Bytes::copy_from_slice(bytes))
+    }
+
     /// The body as it was sent.
     pub(super) fn value(&self) -> Result<Value, ApiError> {
         if self.0.is_empty() {
@@ -143,7 +148,7 @@ impl Params {
 pub(super) struct Filters(BTreeMap<String, BTreeSet<String>>);
 
 impl Filters {
-    fn parse(text: &str, known: &[&str]) -> Result<Self, ApiError> {
+    pub(super) fn parse(text: &str, known: &[&str]) -> Result<Self, ApiError> {
         if text.is_empty() {
             return Ok(Self::default());
         }

@@ -8,6 +8,8 @@
 
 pub mod client;
 pub mod frames;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod messages;
 pub mod raft;
 pub mod server;

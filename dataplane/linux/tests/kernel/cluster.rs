@@ -245,6 +245,12 @@ impl Cluster {
         }
     }
 
+    /// Runs `work` in a node's namespace, with its engine.
+    pub(crate) fn on<T: Send>(&self, number: u64, work: impl FnOnce(&Engine) -> T + Send) -> T {
+        let member = self.members.iter().find(|member| member.number == number).unwrap();
+        inside(&member.netns, || work(&member.engine))
+    }
+
     /// What a node counted.
     pub(crate) fn counted(&self, number: u64, counter: Counter) -> u64 {
         let member = self.members.iter().find(|member| member.number == number).unwrap();

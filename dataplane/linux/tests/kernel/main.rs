@@ -12,4 +12,5 @@ mod engine;
 mod host;
 mod net;
 mod node;
+mod storm;
 mod wire;
