@@ -5,7 +5,7 @@
 //! - [`leader`]: orchestrators, allocator retries, scheduler, restart: pure functions from a store
 //!   view (and leader memory) to commands.
 //! - [`stream`]: the revision stream and assignments, derived from the store.
-//! - [`token`]: join tokens.
+//! - [`token`]: join tokens. [`limit`]: how often something may be done.
 //!
 //! Nothing here reads a clock, draws random numbers on its own, or does IO: time and fresh ids come
 //! in with the command, leases are taken inside [`store::Store::apply`], so that no allocation is
@@ -15,6 +15,7 @@
 
 pub mod command;
 pub mod leader;
+pub mod limit;
 pub mod model;
 pub mod store;
 pub mod stream;

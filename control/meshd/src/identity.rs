@@ -239,6 +239,13 @@ impl Identity {
         due.is_ok_and(|due| now >= due)
     }
 
+    /// Whether the certificate ran out.
+    #[must_use]
+    pub fn expired(&self, now: SystemTime) -> bool {
+        let validity = pki::parse_pem(&self.cert_pem).and_then(|cert| pki::validity(&cert));
+        validity.is_ok_and(|(_, end)| now > end)
+    }
+
     /// As its certificate has it.
     #[must_use]
     pub fn subject(&self) -> Subject {
@@ -330,6 +337,7 @@ mod tests {
         let life = to.duration_since(from).unwrap();
         assert!(!identity.renewal_due(from + life.mul_f64(0.49)));
         assert!(identity.renewal_due(from + life.mul_f64(0.81)));
+        assert!(!identity.expired(to) && identity.expired(to + Duration::from_secs(1)));
     }
 
     #[test]

@@ -7,6 +7,8 @@
 pub mod agent;
 pub mod api;
 pub mod dns_process;
+#[cfg(test)]
+pub(crate) mod fixtures;
 pub mod gossip;
 pub mod identity;
 pub mod node;

@@ -98,7 +98,7 @@ async fn serve(options: Options) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     tokio::select! {
-        served = api::serve(listener, Arc::clone(&node) as Arc<dyn api::backend::Backend>) => {
+        served = api::serve(listener, api::Limits::default(), Arc::clone(&node) as _) => {
             served.context("serving the API")?;
         }
         _ = term.recv() => {}

@@ -254,8 +254,16 @@ impl ClientTls {
     /// # Errors
     /// [`TlsError`] if the key is unusable.
     pub fn joiner(key_pem: &str, root_digest: [u8; 32]) -> Result<Self, TlsError> {
-        let cert = pki::joiner_certificate(key_pem, SystemTime::now())?;
-        let certs = chain(&[&cert], key_pem)?;
+        Self::showing(&pki::joiner_certificate(key_pem, SystemTime::now())?, key_pem, root_digest)
+    }
+
+    /// As [`ClientTls::joiner`], with whatever certificate.
+    pub(crate) fn showing(
+        cert_pem: &str,
+        key_pem: &str,
+        root_digest: [u8; 32],
+    ) -> Result<Self, TlsError> {
+        let certs = chain(&[cert_pem], key_pem)?;
         Ok(Self { certs: Arc::new(certs), trust: Trust::Digest(root_digest) })
     }
 

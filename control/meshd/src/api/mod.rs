@@ -1,8 +1,9 @@
 //! The HTTP API: the Docker Engine API's swarm part, and our own additions under `/mesh/`.
 //!
 //! It owns the words and the forms that clients see; every decision is made behind [`Backend`].
-//! Handlers come by object (`swarm`, `nodes`, `networks`, `services`, `tasks`, `own`); what a JSON
-//! object and an object of the store have to do with each other is in `convert`.
+//! [`routes`] has all routes there are, with what each asks of the node. Handlers come by object
+//! (`swarm`, `nodes`, `networks`, `services`, `tasks`, `own`); what a JSON object and an object of
+//! the store have to do with each other is in `convert`.
 
 pub mod backend;
 mod convert;
@@ -10,11 +11,13 @@ mod error;
 mod find;
 #[cfg(fuzzing)]
 pub mod fuzz;
+mod listen;
 mod logs;
 mod networks;
 mod nodes;
 mod own;
 mod request;
+pub mod routes;
 mod services;
 mod swarm;
 mod system;
@@ -23,20 +26,19 @@ mod tasks;
 use std::{io, sync::Arc};
 
 use axum::{
-    Router, ServiceExt as _,
+    Router,
     extract::Request,
     http::{HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
 };
 use mesh_api::{API_VERSION, MIN_API_VERSION};
 use mesh_control::store::Store;
 use tokio::net::UnixListener;
-use tower::{ServiceExt as _, util::MapRequest};
 
 pub use backend::Backend;
 pub use error::ApiError;
+pub use listen::Limits;
 
 /// The handlers' state.
 type Shared = Arc<dyn Backend>;
@@ -45,46 +47,16 @@ type Shared = Arc<dyn Backend>;
 ///
 /// # Errors
 /// Those of the listener.
-pub async fn serve(listener: UnixListener, backend: Arc<dyn Backend>) -> io::Result<()> {
-    let strip: fn(Request) -> Request = strip_version;
-    let service: MapRequest<Router, _> = router(backend).map_request(strip);
-    axum::serve(listener, service.into_make_service()).await
+pub async fn serve(
+    listener: UnixListener,
+    limits: Limits,
+    backend: Arc<dyn Backend>,
+) -> io::Result<()> {
+    listen::serve(listener, limits, router(backend), strip_version).await
 }
 
 fn router(backend: Shared) -> Router {
-    // What is answered from this node alone: none of it may wait for others.
-    let own = Router::new()
-        .route("/_ping", get(system::ping))
-        .route("/version", get(system::version))
-        .route("/info", get(system::info))
-        .route("/swarm/init", post(swarm::init))
-        .route("/swarm/join", post(swarm::join))
-        .route("/swarm/leave", post(swarm::leave))
-        .route("/distribution/{*image}", get(system::distribution))
-        .route("/mesh/status", get(own::status))
-        .route("/mesh/node/stats", get(own::stats));
-    // What the store says. Every manager gives the same answers: a change that was acknowledged by
-    // one is seen on all, also by a change that is asked for elsewhere right after it.
-    let shared = Router::new()
-        .route("/swarm", get(swarm::inspect))
-        .route("/swarm/update", post(swarm::update))
-        .route("/nodes", get(nodes::list))
-        .route("/nodes/{id}", get(nodes::inspect).delete(nodes::remove))
-        .route("/nodes/{id}/update", post(nodes::update))
-        .route("/networks", get(networks::list))
-        .route("/networks/create", post(networks::create))
-        .route("/networks/{id}", get(networks::inspect).delete(networks::remove))
-        .route("/services", get(services::list))
-        .route("/services/create", post(services::create))
-        .route("/services/{id}", get(services::inspect).delete(services::remove))
-        .route("/services/{id}/update", post(services::update))
-        .route("/services/{id}/logs", get(logs::of_service))
-        .route("/tasks", get(tasks::list))
-        .route("/tasks/{id}", get(tasks::inspect))
-        .route("/tasks/{id}/logs", get(logs::of_task))
-        .route("/mesh/task/{id}/exec", post(own::exec))
-        .route_layer(middleware::from_fn_with_state(backend.clone(), catch_up));
-    own.merge(shared)
+    routes::router(&backend)
         .fallback(not_found)
         .method_not_allowed_fallback(not_found)
         .layer(middleware::from_fn_with_state(backend.clone(), finish))
@@ -179,16 +151,6 @@ async fn finish(
         HeaderValue::from_static(concat!("Docker/", env!("CARGO_PKG_VERSION"), " (linux)")),
     );
     response
-}
-
-/// Makes what [`read`] shows current before a handler looks.
-async fn catch_up(
-    axum::extract::State(backend): axum::extract::State<Shared>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    backend.catch_up().await?;
-    Ok(next.run(request).await)
 }
 
 /// Looks at the store.

@@ -20,7 +20,9 @@ use tokio::{
 use super::{
     ApiError, Shared,
     backend::{ExecInput, ExecOutput, ExecRequest, ExecSession, SwarmState},
-    convert, find, read,
+    convert, find,
+    listen::Place,
+    read,
     request::{Body, Params},
 };
 
@@ -103,6 +105,7 @@ pub(super) async fn exec(
 ) -> Result<Response, ApiError> {
     let upgradable = request.headers().contains_key(header::UPGRADE);
     let upgrade = hyper::upgrade::on(&mut request);
+    let place = request.extensions().get::<Place>().cloned();
     let body = <Body as axum::extract::FromRequest<()>>::from_request(request, &()).await?;
     let asked: api::ExecRequest = body.parse()?;
     if asked.cmd.first().is_none_or(String::is_empty) {
@@ -118,6 +121,7 @@ pub(super) async fn exec(
     let session =
         backend.task_exec(task, ExecRequest { argv: asked.cmd, env: asked.env, dir }).await?;
     tokio::spawn(async move {
+        let _place = place;
         match upgrade.await {
             Ok(stream) => relay(TokioIo::new(stream), session).await,
             Err(err) => tracing::debug!(%err, "exec: the client went away before the upgrade"),

@@ -1,7 +1,10 @@
 //! What comes in: JSON bodies, query parameters, filters. Malformed input ends here, in Docker's
 //! words.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use axum::{
     body::to_bytes,
@@ -9,11 +12,18 @@ use axum::{
     http::{StatusCode, header, request::Parts},
 };
 use bytes::Bytes;
-use mesh_api::BODY_BYTES_MAX;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::ApiError;
+
+/// A body must be there within this time.
+const BODY: Duration = Duration::from_secs(30);
+
+/// The most that is read of a request's body, in bytes: see [`super::routes::Rule::body`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BodyLimit(pub(super) usize);
 
 /// A request's JSON body, not interpreted yet.
 #[derive(Debug)]
@@ -28,21 +38,29 @@ impl<S: Send + Sync> FromRequest<S> for Body {
             .get(header::CONTENT_TYPE)
             .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
             .unwrap_or_default();
+        let BodyLimit(limit) = request.extensions().get().copied().unwrap_or(BodyLimit(0));
         let too_large = || {
             ApiError::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
-                format!("request body too large: at most {BODY_BYTES_MAX} bytes are accepted"),
+                format!("request body too large: at most {limit} bytes are accepted"),
             )
         };
         let announced = request
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|length| length > BODY_BYTES_MAX as u64) {
+        if announced.is_some_and(|length| length > limit as u64) {
             return Err(too_large());
         }
+        let bytes = timeout(BODY, to_bytes(request.into_body(), limit)).await;
+        let late = |_| {
+            ApiError::new(
+                StatusCode::REQUEST_TIMEOUT,
+                format!("the request's body did not come within {} s", BODY.as_secs()),
+            )
+        };
         // The error is the limit's or a broken connection, whose client reads no answer.
-        let bytes = to_bytes(request.into_body(), BODY_BYTES_MAX).await.map_err(|_| too_large())?;
+        let bytes = bytes.map_err(late)?.map_err(|_| too_large())?;
         let media = content_type.split(';').next().unwrap_or_default().trim();
         if !bytes.is_empty() && !media.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::bad_request(format!(

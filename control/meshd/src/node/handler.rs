@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
     sync::{Arc, OnceLock, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
@@ -11,9 +10,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use mesh_control::{
-    command::{Command, NewNode, Outcome},
-    model::{Node, NodeSpec, Role},
-    token::JoinToken,
+    command::Command,
+    model::{Node, Role},
 };
 use mesh_raft::{ProposeError, RpcKind};
 use mesh_types::{
@@ -24,6 +22,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
+    admit::Door,
     dataplane, exec,
     liveness::HEARTBEAT,
     logs,
@@ -35,7 +34,7 @@ use crate::{
     gossip::{Answers, Unanswered},
     pki::{self, Root, Subject},
     rpc::{
-        Joiner, RpcError, RpcErrorKind, RpcHandler,
+        Joiner, Refusals, RpcError, RpcErrorKind, RpcHandler, Standing,
         frames::{FrameReader, FrameWriter},
         messages::{
             CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
@@ -49,6 +48,7 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(5);
 /// A session begins once this manager is as far as the leader; longer it does not wait for that.
 const CATCH_UP: Duration = Duration::from_secs(3);
+const STARTING: &str = "the node is still starting";
 
 /// What a node answers with. The parts come up one after the other, and the listener must be there
 /// first (raft needs it), so they are filled in as they start.
@@ -64,19 +64,23 @@ pub(crate) struct Handler {
     pub(crate) resolver: OnceLock<Arc<Resolver>>,
     /// Compares notes with others.
     pub(crate) gossip: OnceLock<Answers>,
-    /// Who is a manager, as this node was told.
+    /// Who is a node and a manager, as this node was told.
     pub(crate) records: OnceLock<watch::Receiver<Arc<RecordSet>>>,
+    /// Lets nodes in.
+    door: Door,
+    /// Whom it turned away.
+    refusals: Refusals,
 }
 
-fn unavailable(what: impl std::fmt::Display) -> RpcError {
+pub(super) fn unavailable(what: impl std::fmt::Display) -> RpcError {
     RpcError::new(RpcErrorKind::Unavailable, what)
 }
 
-fn denied(what: impl std::fmt::Display) -> RpcError {
+pub(super) fn denied(what: impl std::fmt::Display) -> RpcError {
     RpcError::new(RpcErrorKind::Denied, what)
 }
 
-fn not_proposed(error: &ProposeError) -> RpcError {
+pub(super) fn not_proposed(error: &ProposeError) -> RpcError {
     let kind = match error {
         ProposeError::Rejected(_) | ProposeError::TooLarge { .. } => RpcErrorKind::Invalid,
         ProposeError::NoLeader | ProposeError::Behind { .. } | ProposeError::Stopped(_) => {
@@ -97,24 +101,51 @@ impl Handler {
         manager.ok_or_else(|| unavailable("this node is no manager, or still starting"))
     }
 
-    /// Refuses one that is no manager any more, whatever its certificate says.
-    fn recorded(&self, caller: NodeId) -> Result<(), RpcError> {
-        let records =
-            self.records.get().ok_or_else(|| unavailable("the node is still starting"))?;
-        let manager = |node: &NodeRecord| node.manager && node.id == caller;
-        if records.borrow().nodes.values().any(manager) {
+    /// Refuses a caller that is no node, or not such a one, as this node was told.
+    fn recorded(
+        &self,
+        caller: NodeId,
+        what: &str,
+        right: impl Fn(&NodeRecord) -> bool,
+    ) -> Result<(), RpcError> {
+        let records = self.records.get().ok_or_else(|| unavailable(STARTING))?;
+        if records.borrow().nodes.values().any(|node| node.id == caller && right(node)) {
             return Ok(());
         }
-        Err(denied(format!("node {caller} is no manager that this node knows of")))
+        Err(denied(format!("node {caller} is no {what} that this node knows of")))
+    }
+
+    /// Refuses one that the store gives no voice in raft. Its word is final: a node that was demoted
+    /// or removed has none. A manager that just started has no store yet, and must hear the leader
+    /// to get one; one that is behind may not know its leader yet. The leader knows all.
+    fn voice(&self, caller: NodeId) -> Result<(), RpcError> {
+        let manager = self.manager()?;
+        let leads = manager.raft.leadership().borrow().me_leader;
+        let (heard, number) = manager.raft.read(|store| {
+            let known = store.cluster.is_none() || store.nodes.contains_key(&caller);
+            let heard = store.may_be_manager(caller) && (known || !leads);
+            (heard, store.nodes.get(&caller).map(Node::voter))
+        });
+        // One that is being demoted goes on until the others are enough without its vote.
+        if heard || number.is_some_and(|number| manager.raft.takes_part(number)) {
+            return Ok(());
+        }
+        Err(denied(format!("node {caller} is no manager of this cluster")))
     }
 
     /// The counters of the data plane, of gossip and of the resolver.
     pub(crate) async fn counters(&self) -> Result<Vec<CounterValue>, RpcError> {
-        let starting = || unavailable("the node is still starting");
+        let starting = || unavailable(STARTING);
         let dataplane = self.dataplane.get().ok_or_else(starting)?;
         let mut counters = dataplane.counters().await.map_err(unavailable)?;
         let gossip = self.gossip.get().into_iter().flat_map(Answers::counters);
         counters.extend(gossip.map(|(name, value)| CounterValue {
+            name: name.to_owned(),
+            value,
+            is_drop: false,
+        }));
+        let (refused, door) = (self.refusals.counters(), self.door.counters());
+        counters.extend(refused.into_iter().chain(door).map(|(name, value)| CounterValue {
             name: name.to_owned(),
             value,
             is_drop: false,
@@ -156,26 +187,26 @@ async fn current(manager: &Manager) -> Result<(), RpcError> {
 
 #[async_trait]
 impl RpcHandler for Handler {
-    async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
-        admit(&*self.manager()?, &from, request).await
+    async fn vouch(&self, from: Subject, standing: Standing) -> Result<(), RpcError> {
+        match standing {
+            Standing::None => Ok(()),
+            Standing::Stored => self.known(from.node).await.map(drop),
+            Standing::Voice => self.voice(from.node),
+            Standing::RecordedNode => self.recorded(from.node, "node", |_| true),
+            Standing::RecordedManager => self.recorded(from.node, "manager", |node| node.manager),
+        }
     }
 
-    async fn raft(&self, from: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
-        // The store's word is final: a node that was demoted or removed has no voice. A manager
-        // that just started has no store yet, and must hear the leader to get one; one that is
-        // behind may not know its leader yet. The leader knows all.
-        let manager = self.manager()?;
-        let leads = manager.raft.leadership().borrow().me_leader;
-        let (heard, number) = manager.raft.read(|store| {
-            let known = store.cluster.is_none() || store.nodes.contains_key(&from.node);
-            let heard = store.may_be_manager(from.node) && (known || !leads);
-            (heard, store.nodes.get(&from.node).map(Node::voter))
-        });
-        // One that is being demoted goes on until the others are enough without its vote.
-        if !heard && !number.is_some_and(|number| manager.raft.takes_part(number)) {
-            return Err(denied(format!("node {} is no manager of this cluster", from.node)));
-        }
-        manager.raft.serve(kind, body).await.map_err(unavailable)
+    fn refusals(&self) -> &Refusals {
+        &self.refusals
+    }
+
+    async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
+        self.door.admit(&*self.manager()?, &from, request).await
+    }
+
+    async fn raft(&self, _: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
+        self.manager()?.raft.serve(kind, body).await.map_err(unavailable)
     }
 
     async fn session(
@@ -248,16 +279,15 @@ impl RpcHandler for Handler {
 
     async fn exec(
         &self,
-        from: Subject,
+        _: Subject,
         request: ExecRequest,
         input: FrameReader<ExecInput>,
         output: FrameWriter<ExecOutput>,
     ) {
-        let agent = self.agent.get().ok_or_else(|| unavailable("the node is still starting"));
-        match self.recorded(from.node).and(agent) {
-            Ok(agent) => exec::serve(agent, request, input, output).await,
-            Err(error) => {
-                let _ = output.send(&ExecOutput::Failed(error.message)).await;
+        match self.agent.get() {
+            Some(agent) => exec::serve(agent, request, input, output).await,
+            None => {
+                let _ = output.send(&ExecOutput::Failed(STARTING.to_owned())).await;
             }
         }
     }
@@ -289,11 +319,10 @@ impl RpcHandler for Handler {
         Ok(RenewResponse { role, voter: node.voter(), cert_pem })
     }
 
-    async fn logs(&self, from: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
-        let agent = self.agent.get().ok_or_else(|| unavailable("the node is still starting"));
-        let served = match self.recorded(from.node).and(agent) {
-            Ok(agent) => logs::serve(agent, &request, &output).await,
-            Err(error) => Err(error.message),
+    async fn logs(&self, _: Subject, request: LogsRequest, output: FrameWriter<LogsOutput>) {
+        let served = match self.agent.get() {
+            Some(agent) => logs::serve(agent, &request, &output).await,
+            None => Err(STARTING.to_owned()),
         };
         if let Err(why) = served {
             let _ = output.send(&LogsOutput::Failed(why)).await;
@@ -301,15 +330,14 @@ impl RpcHandler for Handler {
     }
 
     async fn anti_entropy(&self, from: Subject, body: Bytes) -> Result<Bytes, RpcError> {
-        let gossip = self.gossip.get().ok_or_else(|| unavailable("the node is still starting"))?;
+        let gossip = self.gossip.get().ok_or_else(|| unavailable(STARTING))?;
         gossip.answer(from.node, body).await.map_err(|error| match error {
             Unanswered::Busy(why) => unavailable(why),
             Unanswered::Refused(_) => RpcError::new(RpcErrorKind::Invalid, error),
         })
     }
 
-    async fn stats(&self, from: Subject) -> Result<StatsResponse, RpcError> {
-        self.recorded(from.node)?;
+    async fn stats(&self, _: Subject) -> Result<StatsResponse, RpcError> {
         Ok(StatsResponse { counters: self.counters().await? })
     }
 
@@ -365,7 +393,7 @@ impl Feed {
 }
 
 /// The managers as nodes need them. Sorted, so that a change of the leader is no change here.
-fn addresses(manager: &Manager) -> Vec<ManagerAddress> {
+pub(super) fn addresses(manager: &Manager) -> Vec<ManagerAddress> {
     let mut managers: Vec<ManagerAddress> = manager
         .managers()
         .iter()
@@ -375,85 +403,6 @@ fn addresses(manager: &Manager) -> Vec<ManagerAddress> {
     managers
 }
 
-/// Checks a token and admits its bearer.
-async fn admit(
-    manager: &Manager,
-    from: &Joiner,
-    request: JoinRequest,
-) -> Result<JoinResponse, RpcError> {
-    let invalid = || denied("invalid join token");
-    let token: JoinToken = request.token.parse().map_err(|_| invalid())?;
-    // Rejecting or admitting must not rest on an old view: the token may just have been rotated.
-    manager.raft.read_barrier().await.map_err(unavailable)?;
-    let cluster = manager
-        .raft
-        .read(|store| store.cluster.clone())
-        .ok_or_else(|| unavailable("the cluster is not initialised yet"))?;
-    let root =
-        Root { cert_pem: cluster.ca_cert_pem.clone(), key_pem: cluster.ca_key_pem.clone().into() };
-    let internal = |error: pki::PkiError| RpcError::new(RpcErrorKind::Internal, error);
-    if !token.pins(&pki::parse_pem(&cluster.ca_cert_pem).map_err(internal)?) {
-        return Err(invalid());
-    }
-    let role = token.role(&cluster).map_err(|_| invalid())?;
-    let node = NodeId::from_bits(rand::random());
-    let address = match request.address.ip() {
-        ip if ip.is_unspecified() => SocketAddr::new(from.remote.ip(), request.address.port()),
-        _ => request.address,
-    };
-    let subject = Subject { node, role, cluster: cluster.id };
-    let life = Duration::from_secs(cluster.spec.certificate_secs);
-    let cert_pem =
-        root.sign(subject, &from.public_key, life, SystemTime::now()).map_err(internal)?;
-    let new = NewNode {
-        id: node,
-        spec: NodeSpec { role, availability: request.availability, ..NodeSpec::default() },
-        description: request.description,
-        address,
-        vtep: request.vtep.unwrap_or(address.ip()),
-    };
-    let outcome = manager.propose(Command::AddNode(Box::new(new))).await;
-    let Outcome::Node(number) = outcome.map_err(|error| not_proposed(&error))? else {
-        return Err(RpcError::new(RpcErrorKind::Internal, "the store gave the node no number"));
-    };
-    tracing::info!(%node, %number, ?role, %address, "admitted a node");
-    Ok(JoinResponse {
-        node,
-        number,
-        role,
-        cert_pem,
-        ca_pem: cluster.ca_cert_pem,
-        managers: addresses(manager),
-        gossip_key: cluster.gossip_key,
-        address,
-        data_path_port: cluster.spec.data_path_port,
-    })
-}
-
 #[cfg(test)]
-mod tests {
-    use std::net::IpAddr;
-
-    use mesh_types::{ClusterId, NodeNumber};
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_removed_manager_runs_nothing_here_any_more() {
-        let (handler, node) = (Handler::default(), NodeId::from_bits(7));
-        let from = Subject { node, role: Role::Manager, cluster: ClusterId::from_bits(1) };
-        let kind = |answer: Result<StatsResponse, RpcError>| answer.unwrap_err().kind;
-        assert_eq!(kind(handler.stats(from).await), RpcErrorKind::Unavailable);
-        let address = IpAddr::from([192, 0, 2, 1]);
-        let number = NodeNumber::MIN;
-        let name = "m1".to_owned();
-        let record = NodeRecord { id: node, number, name, vtep: address, address, manager: true };
-        let mut records = RecordSet::default();
-        records.nodes.insert(number, record);
-        let (records, watched) = watch::channel(Arc::new(records));
-        let _ = handler.records.set(watched);
-        assert_eq!(handler.recorded(node), Ok(()));
-        records.send_modify(|records| Arc::make_mut(records).nodes.clear());
-        assert_eq!(kind(handler.stats(from).await), RpcErrorKind::Denied);
-    }
-}
+#[path = "handler_tests.rs"]
+mod tests;

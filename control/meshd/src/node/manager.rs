@@ -373,7 +373,7 @@ pub(crate) trait AsyncForward: Send + Sync + 'static {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
 
     use async_trait::async_trait;
@@ -382,7 +382,8 @@ mod tests {
 
     use super::*;
 
-    struct Nobody;
+    /// Reaches no other manager.
+    pub(in crate::node) struct Nobody;
 
     #[async_trait]
     impl Transport for Nobody {

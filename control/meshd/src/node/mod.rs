@@ -1,11 +1,13 @@
 //! The node: in no cluster, or a member of one.
 //!
-//! - [`bootstrap`] makes members, [`member`] brings their parts up and down.
+//! - [`bootstrap`] makes members, [`member`] brings their parts up and down; [`admit`] lets in
+//!   those that ask.
 //! - [`session`] keeps records and assignments coming, [`plumbing`] plugs tasks in, [`dataplane`]
 //!   drives the kernel.
 //! - [`role`] makes a member a manager, and a worker again.
 //! - [`manager`] runs the leader's loops; [`handler`] answers other nodes; [`backend`] the API.
 
+mod admit;
 mod backend;
 mod bootstrap;
 mod clock;

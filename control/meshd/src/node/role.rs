@@ -76,8 +76,19 @@ pub(super) async fn keep(member: Weak<Member>, mut settings: watch::Receiver<Arc
         patience = match member.take_role().await {
             Ok(()) => LOOK,
             Err(error) => {
-                tracing::debug!(error = %format!("{error:#}"), "role and certificate stay for now");
-                RETRY
+                let error = format!("{error:#}");
+                if member.identity().expired(SystemTime::now()) {
+                    tracing::error!(
+                        error,
+                        "this node's certificate ran out, and no other node talks to it any more; \
+                         its tasks and their traffic go on with what is known. `node rm --force` \
+                         it on a manager, `swarm leave --force` here, and join again"
+                    );
+                    LOOK
+                } else {
+                    tracing::debug!(error, "role and certificate stay for now");
+                    RETRY
+                }
             }
         };
     }

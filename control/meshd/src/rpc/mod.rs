@@ -1,7 +1,7 @@
 //! Calls between nodes: HTTP/2 over mutual TLS, msgpack bodies with named fields.
 //!
-//! - [`Route`]: all calls there are, who may make them, how large their bodies may be. A new call
-//!   does not compile without an answer to these.
+//! - [`Route`]: all calls there are, who may make them ([`policy`]), how large their bodies may be. A
+//!   new call does not compile without an answer to these.
 //! - [`messages`]: what they carry. [`frames`]: the streams of messages within a body.
 //! - [`server`]: listens, judges the caller, hands typed requests to an [`RpcHandler`].
 //! - [`client`]: one pooled connection per peer. [`raft`]: raft's transport over it.
@@ -11,21 +11,20 @@ pub mod frames;
 #[cfg(fuzzing)]
 pub mod fuzz;
 pub mod messages;
+pub mod policy;
 pub mod raft;
 pub mod server;
 
 use std::fmt;
 
-use mesh_control::model::Role;
 use mesh_raft::RpcKind;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use client::{CallError, RpcClient};
+pub use policy::{Caller, Policy, Standing};
 pub use raft::RaftTransport;
-pub use server::{Joiner, RpcHandler, RpcServer};
-
-use crate::{pki::Subject, tls::Peer};
+pub use server::{Joiner, Refusals, RpcHandler, RpcServer};
 
 /// The calls between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,24 +86,6 @@ impl Route {
             "/antientropy" => Self::AntiEntropy,
             _ => Self::Raft(path.strip_prefix("/raft/")?.parse().ok()?),
         })
-    }
-
-    /// Whether such a caller may make it. What the store says (a demoted or removed node) is for
-    /// the handler to check on top.
-    #[must_use]
-    pub fn allows(self, peer: &Peer) -> bool {
-        match (self, peer) {
-            (Self::Join, Peer::Joiner(_)) => true,
-            (
-                Self::Raft(_) | Self::Exec | Self::Logs | Self::Stats,
-                Peer::Node(Subject { role, .. }),
-            ) => *role == Role::Manager,
-            (
-                Self::Session | Self::Report | Self::Renew | Self::Leave | Self::AntiEntropy,
-                Peer::Node(_),
-            ) => true,
-            (_, Peer::Joiner(_)) | (Self::Join, Peer::Node(_)) => false,
-        }
     }
 
     /// The most that a request's body may have, in bytes. For [`Route::Exec`]: of each message.
@@ -170,4 +151,4 @@ impl RpcError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,12 +1,16 @@
 //! Listens for other nodes: handshake within five seconds, bounded connections, bounded bodies,
-//! each call checked against [`Route::allows`] before its body is read.
+//! each call held against [`Route::policy`] before its body is read. A connection ends when the
+//! certificate that opened it is good no more.
 
 use std::{
     collections::HashMap,
     convert::Infallible,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -16,18 +20,20 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, Limited, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_control::limit::{Allowance, Rate};
 use mesh_raft::RpcKind;
+use rustls_pki_types::CertificateDer;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::{JoinHandle, JoinSet},
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    Route, RpcError, RpcErrorKind,
+    Route, RpcError, RpcErrorKind, Standing,
     frames::{self, FRAME_LIMIT, FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogsOutput, LogsRequest,
@@ -36,7 +42,7 @@ use super::{
     },
 };
 use crate::{
-    pki::{PublicKey, Subject},
+    pki::{self, PublicKey, Subject},
     tls::{Peer, ServerTls},
 };
 
@@ -52,6 +58,12 @@ const STRANGERS: usize = 128;
 const STRANGERS_EACH: usize = 32;
 /// Calls at a time on one connection.
 const STREAMS: u32 = 256;
+/// A joiner has all that it needs within this time.
+const JOINING: Duration = Duration::from_secs(60);
+/// A certificate is judged again as often, for clocks may be set.
+const JUDGE: Duration = Duration::from_secs(60);
+/// Refusals that are logged; the others are only counted.
+const LOGGED: Rate = Rate { burst: 20, every: Duration::from_secs(2) };
 
 /// A node that asks to join.
 #[derive(Debug, Clone)]
@@ -62,10 +74,58 @@ pub struct Joiner {
     pub remote: SocketAddr,
 }
 
-/// Answers other nodes. The caller's certificate was verified and its role allows the call; what
-/// the store says about the caller by now (demoted, removed) is for the handler to check.
+/// Whom a node turned away, for its counters.
+#[derive(Debug)]
+pub struct Refusals {
+    connections: AtomicU64,
+    handshakes: AtomicU64,
+    calls: AtomicU64,
+    since: Instant,
+    logged: Mutex<Allowance>,
+}
+
+impl Default for Refusals {
+    fn default() -> Self {
+        Self {
+            connections: AtomicU64::new(0),
+            handshakes: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
+            since: Instant::now(),
+            logged: Mutex::default(),
+        }
+    }
+}
+
+impl Refusals {
+    /// Connections beyond what is taken, those whose certificate is good for nothing or no more,
+    /// and calls that their caller may not make.
+    #[must_use]
+    pub fn counters(&self) -> [(&'static str, u64); 3] {
+        [
+            ("rpc_connections_refused", self.connections.load(Ordering::Relaxed)),
+            ("rpc_handshakes_refused", self.handshakes.load(Ordering::Relaxed)),
+            ("rpc_calls_refused", self.calls.load(Ordering::Relaxed)),
+        ]
+    }
+
+    /// Counts, and says whether to log it too: whoever is refused decides how often.
+    fn count(&self, counter: &AtomicU64) -> bool {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let now = self.since.elapsed();
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner).take(LOGGED, now)
+    }
+}
+
+/// Answers other nodes. The caller's certificate was verified, and the call's [`Route::policy`]
+/// allows it.
 #[async_trait]
 pub trait RpcHandler: Send + Sync + 'static {
+    /// Refuses a caller that has not this standing here.
+    async fn vouch(&self, from: Subject, standing: Standing) -> Result<(), RpcError>;
+
+    /// Where refusals are counted.
+    fn refusals(&self) -> &Refusals;
+
     /// Admits a node.
     async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError>;
 
@@ -121,7 +181,7 @@ pub struct RpcServer {
 
 #[derive(Debug)]
 struct Shared {
-    tls: std::sync::RwLock<ServerTls>,
+    tls: watch::Sender<ServerTls>,
     connections: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
     strangers_each: Mutex<HashMap<IpAddr, usize>>,
@@ -143,7 +203,7 @@ impl RpcServer {
         })?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
-            tls: std::sync::RwLock::new(tls),
+            tls: watch::Sender::new(tls),
             connections: Arc::new(Semaphore::new(CONNECTIONS)),
             strangers: Arc::new(Semaphore::new(STRANGERS)),
             strangers_each: Mutex::default(),
@@ -158,9 +218,10 @@ impl RpcServer {
         self.address
     }
 
-    /// A renewed certificate, for connections from now on.
+    /// A renewed certificate, for connections from now on. Those of nodes that are not trusted by
+    /// it end.
     pub fn set_tls(&self, tls: ServerTls) {
-        *self.shared.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
+        self.shared.tls.send_replace(tls);
     }
 }
 
@@ -187,17 +248,52 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, handler: Arc<dyn Rpc
                 continue;
             }
         };
-        let Some(guest) = Guest::admit(&shared, remote.ip()) else {
-            tracing::debug!(%remote, "too many connections: refused");
+        let Some(guest) = Guest::admit(&shared, source(remote.ip())) else {
+            let refusals = handler.refusals();
+            if refusals.count(&refusals.connections) {
+                tracing::warn!(%remote, "too many connections without a certificate: refused");
+            }
             continue;
         };
         let (shared, handler) = (Arc::clone(&shared), Arc::clone(&handler));
         connections.spawn(async move {
-            if let Err(error) = connection(stream, remote, guest, &shared, handler).await {
-                tracing::debug!(%remote, error, "connection refused or broken");
+            let ended = connection(stream, remote, guest, &shared, Arc::clone(&handler)).await;
+            let refusals = handler.refusals();
+            match ended {
+                Ok(()) => {}
+                Err(Ended::Refused(why)) if refusals.count(&refusals.handshakes) => {
+                    tracing::warn!(%remote, why, "a connection was refused");
+                }
+                Err(Ended::Refused(why) | Ended::Broken(why)) => {
+                    tracing::debug!(%remote, why, "a connection ended");
+                }
             }
         });
     }
+}
+
+/// What limits count as one source: an address, or the least that an IPv6 site has (RFC 6177).
+pub(crate) fn source(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
+/// Why a connection ended before its other side did that.
+enum Ended {
+    /// The other side is not who it should be.
+    Refused(String),
+    /// The rest.
+    Broken(String),
+}
+
+fn refused(why: impl std::fmt::Display) -> Ended {
+    Ended::Refused(why.to_string())
+}
+
+fn broken(why: impl std::fmt::Display) -> Ended {
+    Ended::Broken(why.to_string())
 }
 
 /// The place that a connection takes until its other side proved to be a member.
@@ -242,16 +338,21 @@ async fn connection(
     mut guest: Guest,
     shared: &Shared,
     handler: Arc<dyn RpcHandler>,
-) -> Result<(), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    stream.set_nodelay(true).map_err(|e| text(&e))?;
-    let tls = shared.tls.read().unwrap_or_else(PoisonError::into_inner).clone();
+) -> Result<(), Ended> {
+    stream.set_nodelay(true).map_err(broken)?;
+    let mut trust = shared.tls.subscribe();
+    let tls = trust.borrow_and_update().clone();
     let acceptor = TlsAcceptor::from(Arc::clone(&tls.config));
     let stream = timeout(HANDSHAKE, acceptor.accept(stream))
         .await
-        .map_err(|_| format!("no handshake within {HANDSHAKE:?}"))?
-        .map_err(|e| text(&e))?;
-    let peer = tls.peer(stream.get_ref().1.peer_certificates()).map_err(|e| text(&e))?;
+        .map_err(|_| broken(format!("no handshake within {HANDSHAKE:?}")))?
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::InvalidData => refused(error),
+            _ => broken(error),
+        })?;
+    let certs = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let certs: Vec<_> = certs.iter().map(|cert| cert.clone().into_owned()).collect();
+    let peer = tls.peer(Some(&certs)).map_err(refused)?;
     // A member makes room for other strangers; a joiner keeps the place, and not for long.
     let (_place, patience) = match &peer {
         Peer::Node(_) => {
@@ -259,7 +360,7 @@ async fn connection(
             drop(guest);
             ((None, connection), None)
         }
-        Peer::Joiner(_) => ((Some(guest), None), Some(Duration::from_secs(60))),
+        Peer::Joiner(_) => ((Some(guest), None), Some(JOINING)),
     };
     let peer = Arc::new(peer);
     let service = service_fn(move |request| {
@@ -276,12 +377,38 @@ async fn connection(
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20);
     let served = builder.serve_connection(TokioIo::new(stream), service);
-    match patience {
-        None => served.await.map_err(|e| text(&e)),
-        Some(patience) => timeout(patience, served)
-            .await
-            .map_err(|_| "a joiner stayed too long".to_owned())?
-            .map_err(|e| text(&e)),
+    let late = async {
+        match patience {
+            Some(patience) => tokio::time::sleep(patience).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        served = served => served.map_err(broken),
+        why = lapsed(trust, &certs) => Err(refused(format!("a connection is cut: {why}"))),
+        () = late => Err(broken("a joiner stayed too long")),
+    }
+}
+
+/// Returns once a certificate is good no more, and says why.
+async fn lapsed(
+    mut trust: watch::Receiver<ServerTls>,
+    certs: &[CertificateDer<'_>],
+) -> rustls::Error {
+    let end = certs.first().and_then(|leaf| Some(pki::validity(leaf).ok()?.1));
+    loop {
+        // A little later: the second that the certificate names is still its own.
+        let left = end.map_or(JUDGE, |end| {
+            let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+            left + Duration::from_millis(1100)
+        });
+        let judged = {
+            let _ = timeout(left.min(JUDGE), trust.changed()).await;
+            trust.borrow_and_update().peer(Some(certs))
+        };
+        if let Err(why) = judged {
+            return why;
+        }
     }
 }
 
@@ -294,12 +421,16 @@ async fn serve(
     handler: Arc<dyn RpcHandler>,
 ) -> Answer {
     let path = request.uri().path();
-    let route = match Route::parse(path) {
-        Some(route) if request.method() == Method::POST && route.allows(peer) => route,
-        _ => {
-            tracing::warn!(%peer, %remote, path, "a call was refused");
-            let why = format!("{peer} may not call {path}");
-            return refuse(&RpcError::new(RpcErrorKind::Denied, why));
+    let named = Route::parse(path).filter(|_| request.method() == Method::POST);
+    let route = match allowed(named, path, peer, &*handler).await {
+        Ok(route) => route,
+        Err(error) => {
+            let refusals = handler.refusals();
+            let final_word = matches!(error.kind, RpcErrorKind::Denied | RpcErrorKind::NotFound);
+            if final_word && refusals.count(&refusals.calls) {
+                tracing::warn!(%peer, %remote, path, why = %error, "a call was refused");
+            }
+            return refuse(&error);
         }
     };
     let body = request.into_body();
@@ -314,6 +445,22 @@ async fn serve(
         tracing::debug!(%peer, %route, %error, "a call failed");
         refuse(&error)
     })
+}
+
+/// Holds a call against its policy.
+async fn allowed(
+    route: Option<Route>,
+    path: &str,
+    peer: &Peer,
+    handler: &dyn RpcHandler,
+) -> Result<Route, RpcError> {
+    let Some(route) = route.filter(|route| route.policy().caller.is(peer)) else {
+        return Err(RpcError::new(RpcErrorKind::Denied, format!("{peer} may not call {path}")));
+    };
+    if let Peer::Node(subject) = peer {
+        handler.vouch(*subject, route.policy().standing).await?;
+    }
+    Ok(route)
 }
 
 async fn joiner_call(

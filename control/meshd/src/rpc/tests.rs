@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use mesh_control::model::{Availability, NodeDescription, Role};
 use mesh_raft::{Raft, RaftConfig, RpcKind};
-use mesh_types::{ClusterId, NodeId, NodeNumber, Revision, TaskId, record::Delta};
+use mesh_types::{NodeId, NodeNumber, Revision, TaskId, record::Delta};
 use rustls_pki_types::pem::PemObject;
 use tokio::{
     io::AsyncReadExt,
@@ -24,8 +24,8 @@ use tokio::{
 };
 
 use super::{
-    CallError, Joiner, RaftTransport, Route, RpcClient, RpcError, RpcErrorKind, RpcHandler,
-    RpcServer, client,
+    CallError, Joiner, RaftTransport, Refusals, Route, RpcClient, RpcError, RpcErrorKind,
+    RpcHandler, RpcServer, Standing, client,
     frames::{FrameReader, FrameWriter},
     messages::{
         ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogLine, LogsOutput,
@@ -34,55 +34,20 @@ use super::{
     },
 };
 use crate::{
+    fixtures::Cluster,
     identity::Identity,
-    pki::{self, Root, Subject},
+    pki::{self, Subject},
     tls::{ClientTls, Expect, Peer, ServerTls},
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-struct Cluster {
-    id: ClusterId,
-    root: Root,
-}
-
-impl Cluster {
-    fn new(id: u128) -> Self {
-        let id = ClusterId::from_bits(id);
-        Self { id, root: Root::generate(id, SystemTime::now()).unwrap() }
-    }
-
-    fn node(&self, n: u64, role: Role) -> Identity {
-        self.node_since(n, role, SystemTime::now())
-    }
-
-    fn node_since(&self, n: u64, role: Role, since: SystemTime) -> Identity {
-        let subject = Subject { node: NodeId::from_bits(u128::from(n)), role, cluster: self.id };
-        let key_pem = pki::generate_key().unwrap();
-        let public = pki::public_key(&key_pem).unwrap();
-        let life = Duration::from_secs(7200);
-        Identity {
-            node: subject.node,
-            number: NodeNumber::new(n).unwrap(),
-            voter: NodeNumber::new(n).unwrap(),
-            cluster: self.id,
-            role,
-            ca_pem: self.root.cert_pem.clone(),
-            cert_pem: self.root.sign(subject, &public, life, since).unwrap(),
-            key_pem,
-            data_key: [n as u8; 32],
-        }
-    }
-
-    fn digest(&self) -> [u8; 32] {
-        self.root.digest().unwrap()
-    }
-}
-
 /// Answers everything, and counts.
 #[derive(Default)]
 struct Echo {
     calls: AtomicUsize,
+    refusals: Refusals,
+    joiner: std::sync::Mutex<Option<Joiner>>,
     raft: tokio::sync::OnceCell<Raft>,
 }
 
@@ -94,9 +59,18 @@ impl Echo {
 
 #[async_trait]
 impl RpcHandler for Echo {
+    async fn vouch(&self, _: Subject, _: Standing) -> Result<(), RpcError> {
+        Ok(())
+    }
+
+    fn refusals(&self) -> &Refusals {
+        &self.refusals
+    }
+
     async fn join(&self, from: Joiner, request: JoinRequest) -> Result<JoinResponse, RpcError> {
         self.count();
-        let _ = (from, request);
+        let _ = request;
+        *self.joiner.lock().unwrap() = Some(from);
         Err(RpcError::new(RpcErrorKind::Denied, "invalid join token"))
     }
 
@@ -197,20 +171,24 @@ async fn raw(
     client.call_bytes(to, expect, route, Bytes::from_static(b"\x80"), PATIENCE).await
 }
 
-fn all_routes() -> Vec<Route> {
-    let mut all = vec![
-        Route::Join,
-        Route::Session,
-        Route::Report,
-        Route::Exec,
-        Route::Logs,
-        Route::Renew,
-        Route::Stats,
-        Route::Leave,
-        Route::AntiEntropy,
-    ];
-    all.extend(RpcKind::ALL.map(Route::Raft));
-    all
+/// All of them: one that is new does not compile without a place here.
+pub(crate) fn all_routes() -> Vec<Route> {
+    let next = |route| match route {
+        Route::Join => Some(Route::Session),
+        Route::Session => Some(Route::Report),
+        Route::Report => Some(Route::Exec),
+        Route::Exec => Some(Route::Renew),
+        Route::Renew => Some(Route::Logs),
+        Route::Logs => Some(Route::Stats),
+        Route::Stats => Some(Route::Leave),
+        Route::Leave => Some(Route::AntiEntropy),
+        Route::AntiEntropy => Some(Route::Raft(RpcKind::ALL[0])),
+        Route::Raft(kind) => {
+            let at = RpcKind::ALL.iter().position(|other| *other == kind).unwrap();
+            RpcKind::ALL.get(at + 1).copied().map(Route::Raft)
+        }
+    };
+    std::iter::successors(Some(Route::Join), |route| next(*route)).collect()
 }
 
 fn join_request() -> JoinRequest {
@@ -328,11 +306,124 @@ async fn an_expired_certificate_is_refused_both_ways() {
     let answer = raw(&old, server.address(), Expect::Member, Route::Report).await;
     assert!(cut(&answer), "{answer:?}");
     assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
+    assert_eq!(echo.refusals.counters()[1], ("rpc_handshakes_refused", 1));
     let (server, echo) = listen(&cluster.node_since(3, Role::Manager, long_ago)).await;
     let fresh = client(&cluster.node(4, Role::Manager));
     assert!(cut(&raw(&fresh, server.address(), Expect::Member, Route::Report).await));
     assert_eq!(echo.calls.load(Ordering::SeqCst), 0);
 }
+
+/// Waits for the end of a stream that is never told anything more.
+async fn ends(client: &RpcClient, to: SocketAddr, change: impl FnOnce()) {
+    let request = ExecRequest {
+        task: TaskId::from_bits(1),
+        argv: vec!["cat".into()],
+        env: vec![],
+        dir: None,
+        user: None,
+        tty: None,
+        stdin: true,
+    };
+    let (_input, mut output) = client.exec(to, Expect::Member, &request, PATIENCE).await.unwrap();
+    assert_eq!(output.next().await.unwrap(), Some(ExecOutput::Started));
+    change();
+    let end = timeout(PATIENCE, output.next()).await.expect("the stream goes on");
+    assert!(end.is_err(), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_ends_with_the_certificate_that_opened_it() {
+    let cluster = Cluster::new(1);
+    let identity = cluster.node(1, Role::Manager);
+    let (server, echo) = listen(&identity).await;
+    // Two hours of life: this one has some seconds left.
+    let since = SystemTime::now() - Duration::from_secs(7200 - 3);
+    let old = client(&cluster.node_since(2, Role::Manager, since));
+    let healthy = client(&cluster.node(3, Role::Manager));
+    ends(&old, server.address(), || {}).await;
+    let answer = raw(&old, server.address(), Expect::Member, Route::AntiEntropy).await;
+    assert!(cut(&answer), "{answer:?}");
+    assert!(echo.refusals.counters()[1].1 > 0);
+    raw(&healthy, server.address(), Expect::Member, Route::AntiEntropy).await.unwrap();
+
+    // And with the trust in the root that signed it.
+    let other = Cluster::new(1);
+    let renewed = other.node(1, Role::Manager);
+    let refused = echo.refusals.counters()[1].1;
+    ends(&healthy, server.address(), || server.set_tls(ServerTls::new(&renewed).unwrap())).await;
+    assert_eq!(echo.refusals.counters()[1].1, refused + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_what_a_joiner_shows_the_key_alone_is_taken() {
+    use rcgen::{CertificateParams, DnType, IsCa, KeyPair, SanType};
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    // The names of a manager of this cluster, other names, and the right to sign.
+    let mut params = CertificateParams::new(["elsewhere".to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, NodeId::from_bits(1).to_string());
+    params.distinguished_name.push(DnType::OrganizationalUnitName, pki::unit(Role::Manager));
+    params.distinguished_name.push(DnType::OrganizationName, cluster.id.to_string());
+    params.subject_alt_names.push(SanType::IpAddress([192, 0, 2, 1].into()));
+    let show = |key: KeyPair| {
+        let cert = params.self_signed(&key).unwrap();
+        ClientTls::showing(&cert.pem(), &key.serialize_pem(), cluster.digest()).unwrap()
+    };
+    let p256 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+    let key = pki::PublicKey::of_pair(&p256);
+    let joiner = RpcClient::new(show(p256));
+    for route in all_routes() {
+        let answer = raw(&joiner, server.address(), Expect::Manager, route).await;
+        assert_eq!(denied(&answer), route != Route::Join, "{route}: {answer:?}");
+    }
+    let _: Result<JoinResponse, _> = joiner
+        .call(server.address(), Expect::Manager, Route::Join, &join_request(), PATIENCE)
+        .await;
+    let shown = echo.joiner.lock().unwrap().clone().unwrap();
+    assert_eq!(shown.public_key, key);
+    // What is signed for it says nothing of what it asked for.
+    let subject = Subject { node: NodeId::from_bits(9), role: Role::Worker, cluster: cluster.id };
+    let life = Duration::from_secs(7200);
+    let pem = cluster.root.sign(subject, &shown.public_key, life, SystemTime::now()).unwrap();
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).unwrap();
+    let cert = pem.parse_x509().unwrap();
+    assert_eq!(pki::subject(&pem.contents.clone().into()).unwrap(), subject);
+    assert!(!cert.is_ca());
+    let names = cert.subject_alternative_name().unwrap().unwrap();
+    assert_eq!(names.value.general_names.len(), 1);
+    let usage = cert.key_usage().unwrap().unwrap().value;
+    assert!(usage.digital_signature() && !usage.key_cert_sign() && !usage.crl_sign());
+
+    // Keys of another kind are shown to nobody's profit.
+    for kind in [&rcgen::PKCS_ED25519, &rcgen::PKCS_ECDSA_P384_SHA384] {
+        let joiner = RpcClient::new(show(KeyPair::generate_for(kind).unwrap()));
+        let answer = raw(&joiner, server.address(), Expect::Manager, Route::Join).await;
+        assert!(cut(&answer), "{answer:?}");
+    }
+    assert!(pki::PublicKey::from_der(RSA_512).is_err(), "RSA");
+}
+
+/// SubjectPublicKeyInfo of an RSA key of 512 bits (RFC 3279 section 2.3.1), of a modulus of ones.
+const RSA_512: &[u8] = &{
+    let mut der = [0xff; 94];
+    let head = [
+        0x30, 0x5c, 0x30, 0x0d, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01,
+        0x05, 0x00, 0x03, 0x4b, 0x00, 0x30, 0x48, 0x02, 0x41, 0x00,
+    ];
+    let tail = [0x02, 0x03, 0x01, 0x00, 0x01];
+    let mut n = 0;
+    while n < head.len() {
+        der[n] = head[n];
+        n += 1;
+    }
+    n = 0;
+    while n < tail.len() {
+        der[der.len() - tail.len() + n] = tail[n];
+        n += 1;
+    }
+    der
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_reaches_whom_it_expects_or_nobody() {

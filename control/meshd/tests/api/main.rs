@@ -6,6 +6,7 @@
 
 mod fake;
 mod http;
+mod limits;
 mod logs;
 mod stock;
 
@@ -24,13 +25,17 @@ struct Server {
 
 impl Server {
     fn start(name: &str) -> Self {
+        Self::limited(name, meshd::api::Limits::default())
+    }
+
+    fn limited(name: &str, limits: meshd::api::Limits) -> Self {
         let dir = std::env::temp_dir().join(format!("mesh-api-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let listener = UnixListener::bind(dir.join("sock")).unwrap();
         let fake = Arc::new(Fake::default());
         let (server, ticker) = (fake.clone(), fake.clone());
         let serve = tokio::spawn(async move {
-            meshd::api::serve(listener, server).await.unwrap();
+            meshd::api::serve(listener, limits, server).await.unwrap();
         });
         let tick = tokio::spawn(async move {
             let mut interval = tokio::time::interval(Duration::from_millis(20));
