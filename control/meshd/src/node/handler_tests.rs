@@ -153,6 +153,8 @@ fn client(identity: &Identity) -> RpcClient {
     RpcClient::new(ClientTls::member(identity).unwrap())
 }
 
+type Expected<'a> = &'a dyn Fn(Route) -> Answer;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
     Heard,
@@ -199,7 +201,7 @@ async fn everybody_gets_as_far_as_certificate_and_store_say() {
         _ => Answer::Denied,
     };
     let nobody = |_| Answer::Cut;
-    let callers: [(&str, RpcClient, &dyn Fn(Route) -> Answer); 9] = [
+    let callers: [(&str, RpcClient, Expected<'_>); 9] = [
         ("worker", worker, &of_node),
         ("manager", manager.clone(), &of_manager),
         ("demoted manager", demoted, &of_node),
