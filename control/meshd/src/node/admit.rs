@@ -112,7 +112,7 @@ impl Door {
             self.tries(|tries| tries.take(source, clock::monotonic()))
                 .map_err(|exceeded| self.too_many(exceeded))?;
         }
-        // Rejecting or admitting must not rest on an old view: the token may just have been rotated.
+        // Neither must rest on an old view: the token may just have been rotated.
         manager.raft.read_barrier().await.map_err(unavailable)?;
         let cluster = cluster()?;
         match judge(token, &cluster) {

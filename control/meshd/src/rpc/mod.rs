@@ -1,7 +1,7 @@
 //! Calls between nodes: HTTP/2 over mutual TLS, msgpack bodies with named fields.
 //!
-//! - [`Route`]: all calls there are, who may make them ([`policy`]), how large their bodies may be. A
-//!   new call does not compile without an answer to these.
+//! - [`Route`]: all calls there are, who may make them ([`policy`]), how large their bodies may be.
+//!   A new call does not compile without an answer to these.
 //! - [`messages`]: what they carry. [`frames`]: the streams of messages within a body.
 //! - [`server`]: listens, judges the caller, hands typed requests to an [`RpcHandler`].
 //! - [`client`]: one pooled connection per peer. [`raft`]: raft's transport over it.
