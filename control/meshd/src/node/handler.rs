@@ -116,8 +116,8 @@ impl Handler {
     }
 
     /// Refuses one that the store gives no voice in raft. Its word is final: a node that was
-    /// demoted or removed has none. A manager that just started has no store yet, and must hear the leader
-    /// to get one; one that is behind may not know its leader yet. The leader knows all.
+    /// demoted or removed has none. A manager that just started has no store yet, and must hear the
+    /// leader to get one; one that is behind may not know its leader yet. The leader knows all.
     fn voice(&self, caller: NodeId) -> Result<(), RpcError> {
         let manager = self.manager()?;
         let leads = manager.raft.leadership().borrow().me_leader;
