@@ -22,7 +22,8 @@ use meshd::{
     identity::Identity,
     pki::{self, Root, Subject},
     rpc::{
-        Joiner, RaftTransport, RpcClient, RpcError, RpcErrorKind, RpcHandler, RpcServer,
+        Joiner, RaftTransport, Refusals, RpcClient, RpcError, RpcErrorKind, RpcHandler, RpcServer,
+        Standing,
         frames::{FrameReader, FrameWriter},
         messages::{
             ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogsOutput, LogsRequest,
@@ -105,7 +106,8 @@ impl Node {
             RaftConfig::new(self.dir.join("raft"), identity.voter, own, identity.data_key);
         config.resume = self.resume;
         let raft = Raft::start(config, Arc::new(RaftTransport::new(client))).await?;
-        let handler = Arc::new(Handler(raft.clone()));
+        let handler = Handler { raft: raft.clone(), refusals: Refusals::default() };
+        let handler = Arc::new(handler);
         let _server = RpcServer::bind(own, ServerTls::new(&identity)?, handler).await?;
         println!("ready");
         let mut lines = BufReader::new(tokio::io::stdin()).lines();
@@ -178,7 +180,10 @@ fn init() -> InitCluster {
 }
 
 /// Raft's calls, and no others.
-struct Handler(Raft);
+struct Handler {
+    raft: Raft,
+    refusals: Refusals,
+}
 
 fn nothing<T>() -> Result<T, RpcError> {
     Err(RpcError::new(RpcErrorKind::NotFound, "this is a benchmark's manager"))
@@ -186,8 +191,16 @@ fn nothing<T>() -> Result<T, RpcError> {
 
 #[async_trait]
 impl RpcHandler for Handler {
+    async fn vouch(&self, _: Subject, _: Standing) -> Result<(), RpcError> {
+        Ok(())
+    }
+
+    fn refusals(&self) -> &Refusals {
+        &self.refusals
+    }
+
     async fn raft(&self, _: Subject, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
-        let answer = self.0.serve(kind, body).await;
+        let answer = self.raft.serve(kind, body).await;
         answer.map_err(|error| RpcError::new(RpcErrorKind::Unavailable, error))
     }
 
