@@ -1,41 +1,40 @@
-//! The one file on disk: log, vote, commit index, purge point, snapshot.
+//! What a manager keeps: vote, purge point and snapshot in one database, the log in files of its
+//! own ([`crate::log`]), and how far it was committed.
 //!
 //! Every record is sealed ([`crate::seal`]) and every commit that raft relies on is durable when
 //! it returns: `Durability::Immediate` with two-phase commit, which a power cut between two syncs
-//! cannot roll back. The commit index alone is written lazily: it is a hint for the next start.
+//! cannot roll back. The commit index alone is not synced: it is a hint for the next start.
 
 use std::{
-    fmt::Debug,
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    ops::{Bound, RangeBounds},
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::Arc,
 };
 
-use openraft::{
-    RaftLogReader,
-    entry::RaftEntry,
-    storage::{IOFlushed, LogState, RaftLogStorage},
-};
-use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
-};
+use openraft::entry::RaftEntry;
+use redb::{Database, Durability, ReadableDatabase, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::sync::Arc;
 use thiserror::Error;
 
 use crate::{
+    log::Log,
     seal::{SealError, Sealer},
-    types::{CodecError, Entry, LogId, SnapshotMeta, Types, Vote, decode, encode},
+    types::{CodecError, Entry, LogId, SnapshotMeta, Vote, decode, encode},
 };
 
 const FILE: &str = "raft.redb";
-const LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("log");
-const META: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
+const TABLE: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("meta");
 const VOTE: &str = "vote";
-const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
 const SNAPSHOT: &str = "snapshot";
+/// Present once the log's directory was made: from then on it must be there.
+const HAS_LOG: &str = "log";
+/// The directory of the log's files.
+const LOG_DIR: &str = "log";
+/// The file of the commit index.
+const COMMITTED: &str = "committed";
 
 /// Why the store on disk cannot be used.
 #[derive(Debug, Error)]
@@ -57,6 +56,14 @@ pub enum DiskError {
     Lost {
         /// The file.
         path: PathBuf,
+    },
+    /// A read or write of the log.
+    #[error("{path}: {source}")]
+    Log {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// A read or write of the database.
     #[error("{path}: {source}")]
@@ -119,251 +126,187 @@ pub(crate) mod bytes_field {
     }
 }
 
-/// The file. Its methods block; [`LogStore`] calls them off the runtime.
+/// The database of what is not the log. Its methods block.
 #[derive(Debug)]
-pub(crate) struct Disk {
+pub(crate) struct Meta {
     path: PathBuf,
     db: Database,
-    sealer: Sealer,
-    /// Bytes appended since the last snapshot: snapshots are made by size too.
-    grown: AtomicU64,
+    sealer: Arc<Sealer>,
+}
+
+/// All that a manager keeps.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    meta: Arc<Meta>,
+    log: Log,
+    committed: File,
+}
+
+fn cannot_open(
+    path: &Path,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> DiskError {
+    DiskError::Open { path: path.to_owned(), source: source.into() }
+}
+
+/// A file that only its owner reads, made if it is not there.
+fn private(path: &Path) -> Result<File, DiskError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).map_err(|error| cannot_open(path, error))
 }
 
 impl Disk {
-    /// Opens the file and checks every record in it. It must be there, and may not be empty.
+    /// Opens what is there and checks every record in it. It must be there, and may not be empty.
     pub(crate) fn resume(dir: &Path, key: &[u8; 32]) -> Result<Self, DiskError> {
         let path = dir.join(FILE);
         match std::fs::metadata(&path) {
             Ok(file) if file.len() > 0 => Self::open(dir, key),
             Ok(_) => Err(DiskError::Lost { path }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DiskError::Lost { path }),
-            Err(error) => Err(DiskError::Open { path, source: error.into() }),
+            Err(error) => Err(cannot_open(&path, error)),
         }
     }
 
-    /// Opens or makes the file and checks every record in it.
+    /// Opens or makes it and checks every record in it.
     pub(crate) fn open(dir: &Path, key: &[u8; 32]) -> Result<Self, DiskError> {
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-        let fail = |path: &Path, source: Box<dyn std::error::Error + Send + Sync>| {
-            DiskError::Open { path: path.to_owned(), source }
-        };
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(|e| fail(dir, e.into()))?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|error| cannot_open(dir, error))?;
         let path = dir.join(FILE);
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|e| fail(&path, e.into()))?;
         let db = redb::Builder::new()
-            .set_cache_size(16 << 20)
-            .create_file(file)
-            .map_err(|e| fail(&path, e.into()))?;
-        // The name in the directory must last as the votes and entries in the file do.
-        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(|e| fail(dir, e.into()))?;
-        let sealer = Sealer::new(key).map_err(|e| fail(&path, e.into()))?;
-        let disk = Self { path, db, sealer, grown: AtomicU64::new(0) };
-        disk.write(Durability::Immediate, |_, _| Ok(()))?;
-        disk.verify()?;
-        Ok(disk)
+            .set_cache_size(4 << 20)
+            .create_file(private(&path)?)
+            .map_err(|error| cannot_open(&path, error))?;
+        let sealer = Arc::new(Sealer::new(key).map_err(|error| cannot_open(&path, error))?);
+        let meta = Arc::new(Meta { path, db, sealer: Arc::clone(&sealer) });
+        // The table is there from the first transaction on.
+        meta.write(|_| Ok(()))?;
+        let _: Option<Vote> = meta.get(VOTE)?;
+        let _: Option<StoredSnapshot> = meta.get(SNAPSHOT)?;
+        let purged: Option<LogId> = meta.get(PURGED)?;
+        let has_log = meta.get::<()>(HAS_LOG)?.is_some();
+        let log = Log::open(&dir.join(LOG_DIR), sealer, purged, !has_log)?;
+        let committed = private(&dir.join(COMMITTED))?;
+        // The names in the directory must last as the votes and entries in the files do.
+        File::open(dir).and_then(|d| d.sync_all()).map_err(|error| cannot_open(dir, error))?;
+        if !has_log {
+            meta.put(HAS_LOG, &())?;
+        }
+        Ok(Self { meta, log, committed })
     }
 
-    /// Reads everything once, so that damage is found at the start and not at the worst moment.
-    fn verify(&self) -> Result<(), DiskError> {
-        let _: Option<Vote> = self.meta(VOTE)?;
-        let _: Option<LogId> = self.meta(COMMITTED)?;
-        let purged: Option<LogId> = self.meta(PURGED)?;
-        let _: Option<StoredSnapshot> = self.meta(SNAPSHOT)?;
-        let mut next = purged.map(|id| id.index + 1);
-        let txn = self.db.begin_read().map_err(|e| self.database(e))?;
-        let table = txn.open_table(LOG).map_err(|e| self.database(e))?;
-        for item in table.range::<u64>(..).map_err(|e| self.database(e))? {
-            let (index, sealed) = item.map_err(|e| self.database(e))?;
-            let index = index.value();
-            if next.is_some_and(|next| next != index) {
-                return Err(
-                    self.malformed(format!("log entry {index}"), "an entry is missing before it")
-                );
-            }
-            self.entry(index, sealed.value())?;
-            self.grown.fetch_add(sealed.value().len() as u64, Ordering::Relaxed);
-            next = Some(index + 1);
-        }
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    pub(crate) fn meta(&self) -> &Arc<Meta> {
+        &self.meta
+    }
+
+    /// Lost with a power cut, the leader tells it again; a crash of this process keeps it.
+    pub(crate) fn save_committed(&self, committed: &LogId) -> Result<(), DiskError> {
+        let mut sealed = self.meta.seal(COMMITTED, encode(committed))?;
+        let mut out = (sealed.len() as u32).to_le_bytes().to_vec();
+        out.append(&mut sealed);
+        self.committed.write_all_at(&out, 0).map_err(|source| DiskError::Log {
+            path: self.meta.path.with_file_name(COMMITTED),
+            source,
+        })
+    }
+
+    /// `None` too if it cannot be read.
+    pub(crate) fn committed(&self) -> Option<LogId> {
+        let mut length = [0; 4];
+        self.committed.read_exact_at(&mut length, 0).ok()?;
+        // Some fifty bytes.
+        let mut sealed = vec![0; usize::try_from(u32::from_le_bytes(length)).ok()?.min(4096)];
+        self.committed.read_exact_at(&mut sealed, 4).ok()?;
+        self.meta.unseal(COMMITTED, &sealed).ok()
+    }
+
+    pub(crate) fn save_snapshot(&self, snapshot: &StoredSnapshot) -> Result<(), DiskError> {
+        self.meta.put(SNAPSHOT, snapshot)?;
+        self.log.snapshot_made();
         Ok(())
+    }
+
+    pub(crate) fn snapshot(&self) -> Result<Option<StoredSnapshot>, DiskError> {
+        self.meta.get(SNAPSHOT)
+    }
+
+    /// For a store that has no encoding.
+    pub(crate) fn unusable_snapshot(&self, error: CodecError) -> DiskError {
+        self.meta.malformed(SNAPSHOT, error)
+    }
+
+    /// Bytes appended since the last snapshot.
+    pub(crate) fn grown(&self) -> u64 {
+        self.log.grown()
+    }
+}
+
+impl Meta {
+    pub(crate) fn vote(&self) -> Result<Option<Vote>, DiskError> {
+        self.get(VOTE)
+    }
+
+    pub(crate) fn save_vote(&self, vote: &Vote) -> Result<(), DiskError> {
+        self.put(VOTE, vote)
+    }
+
+    pub(crate) fn save_purged(&self, upto: &LogId) -> Result<(), DiskError> {
+        self.put(PURGED, upto)
     }
 
     fn database(&self, error: impl Into<redb::Error>) -> DiskError {
         DiskError::Database { path: self.path.clone(), source: Box::new(error.into()) }
     }
 
-    fn malformed(&self, record: String, why: impl ToString) -> DiskError {
-        DiskError::Malformed { path: self.path.clone(), record, why: why.to_string() }
+    fn malformed(&self, record: &str, why: impl ToString) -> DiskError {
+        let (path, record) = (self.path.clone(), record.to_owned());
+        DiskError::Malformed { path, record, why: why.to_string() }
+    }
+
+    fn sealed(&self, record: &str) -> impl Fn(SealError) -> DiskError {
+        let (path, record) = (self.path.clone(), record.to_owned());
+        move |source| DiskError::Sealed { path: path.clone(), record: record.clone(), source }
     }
 
     fn seal(&self, record: &str, plain: Result<Vec<u8>, CodecError>) -> Result<Vec<u8>, DiskError> {
-        let plain = plain.map_err(|e| self.malformed(record.to_owned(), e))?;
-        self.sealer.seal(record, plain).map_err(|source| DiskError::Sealed {
-            path: self.path.clone(),
-            record: record.to_owned(),
-            source,
-        })
+        let plain = plain.map_err(|e| self.malformed(record, e))?;
+        self.sealer.seal(record, plain).map_err(self.sealed(record))
     }
 
     fn unseal<T: DeserializeOwned>(&self, record: &str, sealed: &[u8]) -> Result<T, DiskError> {
-        let plain = self.sealer.open(record, sealed).map_err(|source| DiskError::Sealed {
-            path: self.path.clone(),
-            record: record.to_owned(),
-            source,
-        })?;
-        decode(&plain).map_err(|e| self.malformed(record.to_owned(), e))
+        let plain = self.sealer.open(record, sealed).map_err(self.sealed(record))?;
+        decode(&plain).map_err(|e| self.malformed(record, e))
     }
 
-    fn entry(&self, index: u64, sealed: &[u8]) -> Result<Entry, DiskError> {
-        let entry: Entry = self.unseal(&entry_place(index), sealed)?;
-        if entry.log_id.index != index {
-            return Err(self.malformed(entry_place(index), format!("it says {}", entry.log_id)));
-        }
-        Ok(entry)
-    }
-
-    fn write<T>(
+    fn write(
         &self,
-        durability: Durability,
-        change: impl FnOnce(&Self, &WriteTransaction) -> Result<T, DiskError>,
-    ) -> Result<T, DiskError> {
-        let mut txn = self.db.begin_write().map_err(|e| self.database(e))?;
-        txn.set_durability(durability).map_err(|e| self.database(e))?;
-        txn.set_two_phase_commit(true);
-        // Both tables are there from the first transaction on.
-        txn.open_table(LOG).map_err(|e| self.database(e))?;
-        txn.open_table(META).map_err(|e| self.database(e))?;
-        let out = change(self, &txn)?;
-        txn.commit().map_err(|e| self.database(e))?;
-        Ok(out)
-    }
-
-    fn put<T: Serialize>(
-        &self,
-        txn: &WriteTransaction,
-        key: &str,
-        value: &T,
+        change: impl FnOnce(&mut redb::Table<'_, &str, &[u8]>) -> Result<(), redb::StorageError>,
     ) -> Result<(), DiskError> {
-        let sealed = self.seal(key, encode(value))?;
-        let mut table = txn.open_table(META).map_err(|e| self.database(e))?;
-        table.insert(key, sealed.as_slice()).map_err(|e| self.database(e))?;
-        Ok(())
+        let mut txn = self.db.begin_write().map_err(|e| self.database(e))?;
+        txn.set_durability(Durability::Immediate).map_err(|e| self.database(e))?;
+        txn.set_two_phase_commit(true);
+        {
+            let mut table = txn.open_table(TABLE).map_err(|e| self.database(e))?;
+            change(&mut table).map_err(|e| self.database(e))?;
+        }
+        txn.commit().map_err(|e| self.database(e))
     }
 
-    fn meta<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, DiskError> {
+    fn put<T: Serialize>(&self, key: &str, value: &T) -> Result<(), DiskError> {
+        let sealed = self.seal(key, encode(value))?;
+        self.write(|table| table.insert(key, sealed.as_slice()).map(drop))
+    }
+
+    fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>, DiskError> {
         let txn = self.db.begin_read().map_err(|e| self.database(e))?;
-        let table = txn.open_table(META).map_err(|e| self.database(e))?;
+        let table = txn.open_table(TABLE).map_err(|e| self.database(e))?;
         let value = table.get(key).map_err(|e| self.database(e))?;
         value.map(|sealed| self.unseal(key, sealed.value())).transpose()
     }
-
-    fn append(&self, entries: &[Entry]) -> Result<(), DiskError> {
-        let mut bytes = 0;
-        self.write(Durability::Immediate, |this, txn| {
-            let mut table = txn.open_table(LOG).map_err(|e| this.database(e))?;
-            let last = table.last().map_err(|e| this.database(e))?.map(|(index, _)| index.value());
-            let mut next = last.map(|last| last + 1);
-            for entry in entries {
-                let index = entry.log_id.index;
-                if next.is_some_and(|next| next != index) {
-                    return Err(this.malformed(
-                        entry_place(index),
-                        format!("refused: the log goes on at {}", next.unwrap_or_default()),
-                    ));
-                }
-                let sealed = this.seal(&entry_place(index), encode(entry))?;
-                bytes += sealed.len() as u64;
-                table.insert(index, sealed.as_slice()).map_err(|e| this.database(e))?;
-                next = Some(index + 1);
-            }
-            Ok(())
-        })?;
-        self.grown.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Entries of a range, at least one (if there is one) and then up to `limit` bytes.
-    fn entries(
-        &self,
-        range: (Bound<u64>, Bound<u64>),
-        limit: usize,
-    ) -> Result<Vec<Entry>, DiskError> {
-        let txn = self.db.begin_read().map_err(|e| self.database(e))?;
-        let table = txn.open_table(LOG).map_err(|e| self.database(e))?;
-        let (mut out, mut bytes) = (Vec::new(), 0);
-        for item in table.range::<u64>(range).map_err(|e| self.database(e))? {
-            let (index, sealed) = item.map_err(|e| self.database(e))?;
-            bytes += sealed.value().len();
-            if !out.is_empty() && bytes > limit {
-                break;
-            }
-            out.push(self.entry(index.value(), sealed.value())?);
-        }
-        Ok(out)
-    }
-
-    fn log_state(&self) -> Result<LogState<Types>, DiskError> {
-        let purged: Option<LogId> = self.meta(PURGED)?;
-        let txn = self.db.begin_read().map_err(|e| self.database(e))?;
-        let table = txn.open_table(LOG).map_err(|e| self.database(e))?;
-        let last = match table.last().map_err(|e| self.database(e))? {
-            Some((index, sealed)) => Some(self.entry(index.value(), sealed.value())?.log_id),
-            None => purged,
-        };
-        Ok(LogState { last_purged_log_id: purged, last_log_id: last })
-    }
-
-    fn cut(
-        &self,
-        durability: Durability,
-        range: (Bound<u64>, Bound<u64>),
-        purged: Option<LogId>,
-    ) -> Result<(), DiskError> {
-        self.write(durability, |this, txn| {
-            {
-                let mut table = txn.open_table(LOG).map_err(|e| this.database(e))?;
-                table.retain_in::<u64, _>(range, |_, _| false).map_err(|e| this.database(e))?;
-            }
-            if let Some(purged) = purged {
-                this.put(txn, PURGED, &purged)?;
-            }
-            Ok(())
-        })
-    }
-
-    pub(crate) fn save_snapshot(&self, snapshot: &StoredSnapshot) -> Result<(), DiskError> {
-        self.write(Durability::Immediate, |this, txn| this.put(txn, SNAPSHOT, snapshot))?;
-        self.grown.store(0, Ordering::Relaxed);
-        Ok(())
-    }
-
-    pub(crate) fn snapshot(&self) -> Result<Option<StoredSnapshot>, DiskError> {
-        self.meta(SNAPSHOT)
-    }
-
-    /// For a store that has no encoding.
-    pub(crate) fn unusable_snapshot(&self, error: CodecError) -> DiskError {
-        self.malformed(SNAPSHOT.to_owned(), error)
-    }
-
-    /// Bytes appended since the last snapshot.
-    pub(crate) fn grown(&self) -> u64 {
-        self.grown.load(Ordering::Relaxed)
-    }
-}
-
-fn entry_place(index: u64) -> String {
-    format!("log entry {index}")
 }
 
 /// Runs a blocking disk operation off the runtime's own threads.
@@ -378,128 +321,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
         .map_err(Into::into)
 }
 
-/// openraft's log on the disk. A write returns once it is durable, so writes never overlap.
-#[derive(Debug, Clone)]
-pub(crate) struct LogStore {
-    pub(crate) disk: Arc<Disk>,
-}
-
-fn owned(range: &impl RangeBounds<u64>) -> (Bound<u64>, Bound<u64>) {
-    (range.start_bound().cloned(), range.end_bound().cloned())
-}
-
-impl RaftLogReader<Types> for LogStore {
-    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
-        &mut self,
-        range: RB,
-    ) -> io::Result<Vec<Entry>> {
-        let range = owned(&range);
-        blocking(&self.disk, move |disk| disk.entries(range, usize::MAX)).await
-    }
-
-    async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
-        blocking(&self.disk, |disk| disk.meta(VOTE)).await
-    }
-
-    /// For replication: bounded, so that no append grows beyond what the transport takes.
-    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        let range = owned(&(start..end));
-        blocking(&self.disk, move |disk| disk.entries(range, APPEND_BYTES)).await
-    }
-}
-
-/// An append carries about this much at most (or one entry).
-pub(crate) const APPEND_BYTES: usize = 4 << 20;
-
-impl RaftLogStorage<Types> for LogStore {
-    type LogReader = Self;
-
-    async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
-        blocking(&self.disk, Disk::log_state).await
-    }
-
-    async fn get_log_reader(&mut self) -> Self {
-        self.clone()
-    }
-
-    async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
-        let vote = *vote;
-        blocking(&self.disk, move |disk| {
-            disk.write(Durability::Immediate, |disk, txn| disk.put(txn, VOTE, &vote))
-        })
-        .await
-    }
-
-    async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
-        let Some(committed) = committed else { return Ok(()) };
-        // A hint: lost with a crash, the leader tells it again. The next durable commit carries it.
-        blocking(&self.disk, move |disk| {
-            disk.write(Durability::None, |disk, txn| disk.put(txn, COMMITTED, &committed))
-        })
-        .await
-    }
-
-    async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
-        blocking(&self.disk, |disk| disk.meta(COMMITTED)).await
-    }
-
-    async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> io::Result<()>
-    where
-        I: IntoIterator<Item = Entry> + Send,
-        I::IntoIter: Send,
-    {
-        let entries: Vec<Entry> = entries.into_iter().collect();
-        // Only what is on disk is acknowledged: the callback follows the durable commit.
-        match blocking(&self.disk, move |disk| disk.append(&entries)).await {
-            Ok(()) => {
-                callback.io_completed(Ok(()));
-                Ok(())
-            }
-            Err(error) => {
-                callback.io_completed(Err(io::Error::other(error.to_string())));
-                Err(error)
-            }
-        }
-    }
-
-    async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
-        let from = last.map_or(Bound::Unbounded, |id| Bound::Excluded(id.index));
-        blocking(&self.disk, move |disk| {
-            disk.cut(Durability::Immediate, (from, Bound::Unbounded), None)
-        })
-        .await
-    }
-
-    async fn purge(&mut self, upto: LogId) -> io::Result<()> {
-        blocking(&self.disk, move |disk| {
-            let range = (Bound::Unbounded, Bound::Included(upto.index));
-            disk.cut(Durability::Immediate, range, Some(upto))
-        })
-        .await
-    }
-}
-
 /// The log id of an entry, for the state machine.
 pub(crate) fn log_id(entry: &Entry) -> LogId {
     entry.log_id()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Disk {
-        /// Flips a bit of a stored entry, as a bad disk would.
-        pub(crate) fn damage(&self, index: u64) {
-            self.write(Durability::Immediate, |this, txn| {
-                let mut table = txn.open_table(LOG).map_err(|e| this.database(e))?;
-                let mut sealed = table.get(index).unwrap().unwrap().value().to_vec();
-                let middle = sealed.len() / 2;
-                sealed[middle] ^= 1;
-                table.insert(index, sealed.as_slice()).unwrap();
-                Ok(())
-            })
-            .unwrap();
-        }
-    }
 }

@@ -21,11 +21,12 @@ use tokio::{
 
 use crate::{
     config::{self, RaftConfig},
-    disk::{Disk, DiskError, LogStore},
+    disk::{Disk, DiskError},
     forward::{
         Applied, GaveUp, ProposeError, ReadError, Refusal, Verdict, VoterChange, VoterError,
     },
     leadership::{LastHeard, Leadership, judge},
+    log::LogStore,
     machine::{Machine, Shared},
     network::{Envelope, Network, RpcKind, SnapshotRequest, Transport},
     types::{CodecError, Member, Snapshot, Types, Write, WriteId, decode, encode},

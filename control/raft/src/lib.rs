@@ -1,9 +1,10 @@
-//! The replicated store: openraft on redb behind three verbs, `propose`, `read_barrier`, `watch`.
+//! The replicated store: openraft behind three verbs, `propose`, `read_barrier`, `watch`.
 //!
 //! - [`Raft`] is the handle: it starts, forwards writes to the leader, waits until they are applied
 //!   here, and says who leads.
-//! - `disk` is the one file (log, vote, snapshot), sealed record by record; `machine` the store in
-//!   memory; `network` the calls between nodes over a [`Transport`] that the daemon gives.
+//! - `disk` is what is kept (vote, snapshot, and `log`, which is written in batches), sealed record
+//!   by record; `machine` the store in memory; `network` the calls between nodes over a
+//!   [`Transport`] that the daemon gives.
 //!
 //! openraft is an implementation detail: no type of it crosses this seam.
 
@@ -16,9 +17,11 @@ mod forward;
 pub mod fuzz;
 mod handle;
 mod leadership;
+mod log;
 mod machine;
 mod network;
 mod seal;
+mod segment;
 mod types;
 
 pub use config::{RaftConfig, Timers};

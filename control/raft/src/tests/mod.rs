@@ -2,5 +2,5 @@
 
 mod cluster;
 mod histories;
-mod net;
+pub(crate) mod net;
 mod suite;

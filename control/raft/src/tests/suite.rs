@@ -6,12 +6,7 @@ use openraft::{
 };
 use std::sync::Arc;
 
-use crate::{
-    disk::{Disk, LogStore},
-    machine::Machine,
-    tests::net::TempDir,
-    types::Types,
-};
+use crate::{disk::Disk, log::LogStore, machine::Machine, tests::net::TempDir, types::Types};
 
 struct Builder;
 
