@@ -52,7 +52,12 @@ fn main() -> ExitCode {
             cluster: true,
             meshd_args: &[],
             alone: false,
-            groups: &[cases::roles::GROUP, cases::swarm::GROUP, cases::resources::GROUP],
+            groups: &[
+                cases::roles::GROUP,
+                cases::swarm::GROUP,
+                cases::resources::GROUP,
+                cases::events::GROUP,
+            ],
         },
         Plan {
             name: "fallback",

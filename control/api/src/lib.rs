@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+mod events;
 mod limits;
 mod network;
 mod node;
@@ -20,10 +21,11 @@ mod swarm;
 mod system;
 mod task;
 
+pub use events::{Actor, Event};
 pub use limits::{API_VERSION, BODY_BYTES_MAX, DEFAULT_SOCKET, MIN_API_VERSION};
 pub use network::{
     AttachedContainer, ConfigFrom, Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated,
-    NetworkPeer, NetworkService, NetworkTask,
+    NetworkPeer, NetworkService, NetworkTask, NetworksPruned,
 };
 pub use node::{
     EngineDescription, ManagerStatus, Node, NodeDescription, NodeSpec, NodeStatus, Platform,

@@ -156,3 +156,11 @@ pub struct NetworkCreated {
     pub id: String,
     pub warning: String,
 }
+
+/// The answer to `POST /networks/prune`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworksPruned {
+    /// Their names.
+    pub networks_deleted: Vec<String>,
+}

@@ -5,6 +5,7 @@
 //! - [`leader`]: orchestrators, allocator retries, scheduler, restart: pure functions from a store
 //!   view (and leader memory) to commands.
 //! - [`stream`]: the revision stream and assignments, derived from the store.
+//! - [`events`]: what happened, for those who watch.
 //! - [`token`]: join tokens. [`limit`]: how often something may be done.
 //!
 //! Nothing here reads a clock, draws random numbers on its own, or does IO: time and fresh ids come
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod command;
+pub mod events;
 pub mod leader;
 pub mod limit;
 pub mod model;

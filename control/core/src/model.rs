@@ -209,6 +209,18 @@ pub enum Availability {
     Drain,
 }
 
+impl Availability {
+    /// As users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Pause => "pause",
+            Self::Drain => "drain",
+        }
+    }
+}
+
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NodeDescription {
@@ -253,6 +265,19 @@ pub enum NodeState {
     Ready,
     /// Left.
     Disconnected,
+}
+
+impl NodeState {
+    /// As users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Down => "down",
+            Self::Ready => "ready",
+            Self::Disconnected => "disconnected",
+        }
+    }
 }
 
 /// A network.
@@ -377,6 +402,21 @@ pub enum UpdateState {
     RollbackPaused,
     /// All tasks are of the spec before again.
     RollbackCompleted,
+}
+
+impl UpdateState {
+    /// As users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Updating => "updating",
+            Self::Paused => "paused",
+            Self::Completed => "completed",
+            Self::RollbackStarted => "rollback_started",
+            Self::RollbackPaused => "rollback_paused",
+            Self::RollbackCompleted => "rollback_completed",
+        }
+    }
 }
 
 /// A task.

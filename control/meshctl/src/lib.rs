@@ -6,6 +6,7 @@
 
 mod client;
 mod complete;
+mod events;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod lab;
@@ -77,6 +78,11 @@ enum Command {
     /// Run and scale services
     #[command(subcommand)]
     Service(service::Command),
+    /// Show what happens in the cluster, as it happens
+    ///
+    /// Services, nodes and networks that come, change and go. What becomes of tasks is shown with
+    /// `--filter type=task`.
+    Events(events::EventsArgs),
     /// Show the cluster on one screen: quorum, nodes, services, networks, warnings
     Status(status::StatusArgs),
     #[command(subcommand)]
@@ -192,6 +198,7 @@ fn run(cli: Cli, raw: &[String]) -> Result<ExitCode> {
             Command::Network(command) => network::run(&client, command).await,
             Command::Service(command) => service::run(&client, command, raw).await,
             Command::Task(command) => return task::run(&client, command).await,
+            Command::Events(args) => events::run(&client, args).await,
             Command::Status(args) => status::run(&client, args).await,
             Command::Wait(command) => wait::run(&client, command).await,
             Command::Lab(_) | Command::Whoami(_) | Command::Completion { .. } | Command::Man(_) => {

@@ -1,11 +1,13 @@
 //! `meshctl network`.
 
-use anyhow::Result;
+use std::io;
+
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use mesh_api::{Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated};
+use mesh_api::{Ipam, IpamConfig, Network, NetworkCreate, NetworkCreated, NetworksPruned};
 
 use crate::{
-    client::{Client, escape, is_missing},
+    client::{Client, NOTHING, escape, filter_query, is_missing},
     output::{InspectFormat, ListArgs, Table, fields, for_each, natural, objects, say, short},
     service::{inspect_all, key_values},
 };
@@ -28,7 +30,17 @@ pub(crate) enum Command {
         #[command(flatten)]
         format: InspectFormat,
     },
-    /// Remove networks that nothing uses
+    /// Remove all networks that nothing uses
+    Prune {
+        /// Only those that match: label=KEY, label!=KEY, or until=TIME for when they were made (may
+        /// be repeated)
+        #[arg(long, value_name = "KEY=VALUE")]
+        filter: Vec<String>,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Remove networks
     #[command(alias = "remove")]
     Rm {
         /// Names or ids
@@ -92,6 +104,7 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
             objects(&found, &format)?;
             failed
         }
+        Command::Prune { filter, force } => prune(client, &filter, force).await,
         Command::Rm { networks, force } => {
             for_each(&networks, async |network| {
                 match client.delete(&format!("/networks/{}", escape(&network))).await {
@@ -128,6 +141,28 @@ async fn create(client: &Client, args: CreateArgs) -> Result<()> {
         eprintln!("{}", created.warning);
     }
     say(created.id)
+}
+
+async fn prune(client: &Client, filter: &[String], force: bool) -> Result<()> {
+    let query = filter_query(filter)?;
+    let question = "WARNING! This will remove all networks that nothing uses.\n\
+                    Are you sure you want to continue? [y/N] ";
+    if !force && !confirmed(question)? {
+        bail!("nothing was removed");
+    }
+    let pruned: NetworksPruned = client.post(&format!("/networks/prune?{query}"), NOTHING).await?;
+    if pruned.networks_deleted.is_empty() {
+        return Ok(());
+    }
+    say(format!("Deleted Networks:\n{}\n", pruned.networks_deleted.join("\n")))
+}
+
+/// Whether who sits there says yes; the end of the input is a no.
+fn confirmed(question: &str) -> Result<bool> {
+    eprint!("{question}");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).context("cannot read the answer")?;
+    Ok(answer.trim().eq_ignore_ascii_case("y"))
 }
 
 async fn list(client: &Client, args: ListArgs) -> Result<()> {

@@ -4,6 +4,7 @@ pub mod churn;
 pub mod cli;
 pub mod cluster;
 pub mod dns;
+pub mod events;
 pub mod gateway;
 pub mod gossip;
 pub mod heal;

@@ -118,7 +118,8 @@ const KNOWN: &str = "
     ForceRotate TaskDefaults EncryptionConfig AutoLockManagers RootRotationInProgress
     DefaultAddrPool SubnetSize DataPathPort
     Swarm NodeID NodeAddr LocalNodeState ControlAvailable Error RemoteManagers Nodes Managers
-    Cluster Warnings Client Server Context Components Details
+    Cluster Warnings Action Actor Attributes From Time TimeNano
+    Client Server Context Components Details
 ";
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ async fn print(
         nodes.into_iter().map(|node| (node.id, node.description.hostname)).collect();
     let nobody = BTreeMap::new();
     let services = if args.no_resolve { &nobody } else { services };
-    let rows = ordered(tasks, services, &nodes);
+    let rows = ordered(tasks, services);
     let id = |task: &Task| if args.list.no_trunc { task.id.clone() } else { short(&task.id) };
     if args.list.ids_alone() {
         return rows.iter().try_for_each(|(_, task)| say(id(task)));
@@ -139,16 +139,13 @@ fn error(err: &str, whole: bool) -> String {
 }
 
 /// Tasks by service and slot, the newest of a slot first; its earlier ones are marked `\_`.
-fn ordered(
-    tasks: Vec<Task>,
-    services: &BTreeMap<String, String>,
-    nodes: &BTreeMap<String, String>,
-) -> Vec<(String, Task)> {
+fn ordered(tasks: Vec<Task>, services: &BTreeMap<String, String>) -> Vec<(String, Task)> {
     let place = |task: &Task| {
         let service = services.get(&task.service_id).unwrap_or(&task.service_id);
         let slot = match task.slot {
             Some(slot) => slot.to_string(),
-            None => nodes.get(&task.node_id).unwrap_or(&task.node_id).clone(),
+            // As in the stock CLI; the node's name has a column of its own.
+            None => task.node_id.clone(),
         };
         format!("{service}.{slot}")
     };
@@ -184,7 +181,7 @@ mod tests {
         };
         let tasks = vec![task(10, "2"), task(2, "1"), task(2, "3"), task(1, "1")];
         let services = BTreeMap::from([("s".to_owned(), "web".to_owned())]);
-        let rows = ordered(tasks, &services, &BTreeMap::new());
+        let rows = ordered(tasks, &services);
         let shown: Vec<_> = rows.iter().map(|(name, t)| (&name[..], &t.created_at[..])).collect();
         let expected = [("web.1", "1"), ("web.2", "3"), (" \\_ web.2", "1"), ("web.10", "2")];
         assert_eq!(shown, expected);

@@ -16,7 +16,7 @@ use mesh_control::{
 use mesh_types::{ClusterId, NodeId, NodeNumber, TaskId};
 use tokio::sync::mpsc;
 
-use super::error::ApiError;
+use super::{error::ApiError, events::Feed};
 pub use crate::rpc::messages::{LogLine, LogsOutput, LogsRequest};
 
 /// What the handlers ask of the node.
@@ -92,6 +92,12 @@ pub trait Backend: Send + Sync + 'static {
         node: NodeId,
         request: LogsRequest,
     ) -> Result<mpsc::Receiver<LogsOutput>, ApiError>;
+
+    /// What happens in the cluster.
+    ///
+    /// # Errors
+    /// [`ApiError::not_in_swarm`], [`ApiError::worker`].
+    fn events(&self) -> Result<Feed, ApiError>;
 
     /// The data plane's counters of a node; of this one with `None`.
     ///

@@ -8,6 +8,7 @@
 pub mod backend;
 mod convert;
 mod error;
+pub mod events;
 mod find;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -22,6 +23,7 @@ mod services;
 mod swarm;
 mod system;
 mod tasks;
+mod usage;
 
 use std::{io, sync::Arc};
 

@@ -5,15 +5,26 @@ use axum::{
     extract::{Path, State},
     http::StatusCode,
 };
+use jiff::{SignedDuration, Timestamp};
 use mesh_api as api;
-use mesh_control::{command::Command, model::Role};
-use mesh_types::{NetworkId, NodeId};
+use mesh_control::{
+    command::Command,
+    model::{Role, Task},
+    store::Store,
+};
+use mesh_types::{NetworkId, NodeId, spec::NetworkAttachment};
+use serde::Deserialize;
 
 use super::{
     ApiError, Shared,
     backend::SwarmState,
-    convert::{self, network::PREDEFINED},
-    find, read,
+    convert::{
+        self,
+        network::{PREDEFINED, container_id},
+    },
+    find,
+    logs::unix_ns,
+    read,
     request::{Body, Filters, Params},
 };
 
@@ -37,11 +48,6 @@ pub(super) async fn list(
         return Ok(Json(Vec::new()));
     }
     let networks = read(&backend, |store| {
-        let used = |id: NetworkId| {
-            store.services.values().any(|service| {
-                service.spec.networks.iter().any(|attachment| attachment.network == id)
-            })
-        };
         store
             .networks
             .values()
@@ -50,12 +56,19 @@ pub(super) async fn list(
             .filter(|network| {
                 filters.any("dangling", |wanted| {
                     let wanted = ["1", "true"].contains(&wanted);
-                    network.id.parse().is_ok_and(|id| wanted != used(id))
+                    network.id.parse().is_ok_and(|id| wanted != used(store, id))
                 })
             })
             .collect()
     })?;
     Ok(Json(networks))
+}
+
+/// Whether a service joins a network, or a task is on it.
+fn used(store: &Store, id: NetworkId) -> bool {
+    let joins = |to: &[NetworkAttachment]| to.iter().any(|attachment| attachment.network == id);
+    store.services.values().any(|service| joins(&service.spec.networks))
+        || store.tasks.values().any(|task| !task.leases.is_empty() && joins(&task.networks))
 }
 
 /// Names and ids match in part, as Docker does for networks.
@@ -124,4 +137,128 @@ pub(super) async fn remove(
     let id = read(&backend, |store| find::network(store, &id).map(|network| network.id))??;
     backend.propose(Command::RemoveNetwork { id }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /networks/prune`: removes the networks that nothing uses. What comes to be used meanwhile
+/// stays.
+pub(super) async fn prune(
+    State(backend): State<Shared>,
+    params: Params,
+) -> Result<Json<api::NetworksPruned>, ApiError> {
+    let filters = params.filters(&["label", "label!", "until"])?;
+    let until_ms = until_ms(&filters)?;
+    let unused: Vec<(NetworkId, String)> = read(&backend, |store| {
+        let networks = store.networks.values().filter(|network| {
+            !network.spec.ingress
+                && !used(store, network.id)
+                && until_ms.is_none_or(|until| network.meta.created_ms < until)
+                && filters.labels("label", &network.spec.labels)
+                && filters.no_labels("label!", &network.spec.labels)
+        });
+        networks.map(|network| (network.id, network.spec.name.clone())).collect()
+    })?;
+    let mut pruned = api::NetworksPruned::default();
+    for (id, name) in unused {
+        match backend.propose(Command::RemoveNetwork { id }).await {
+            Ok(_) => pruned.networks_deleted.push(name),
+            // In use by now, or gone.
+            Err(err) if [403, 404].contains(&err.status.as_u16()) => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(Json(pruned))
+}
+
+/// The filter `until`: one point in Unix time, or how long ago that was.
+fn until_ms(filters: &Filters) -> Result<Option<u64>, ApiError> {
+    let Some(values) = filters.values("until") else { return Ok(None) };
+    let one = values.first().filter(|_| values.len() == 1);
+    let text = one.ok_or_else(|| ApiError::bad_request("more than one until filter specified"))?;
+    let at = point_in_time(text, Timestamp::now()).ok_or_else(|| {
+        ApiError::bad_request(format!(
+            "invalid until filter `{text}`: use 2026-01-02T15:04:05Z, Unix seconds, or a duration \
+             like 10m for how long ago"
+        ))
+    })?;
+    Ok(Some(u64::try_from(at.as_millisecond()).unwrap_or(0)))
+}
+
+fn point_in_time(text: &str, now: Timestamp) -> Option<Timestamp> {
+    if let Some(nanos) = unix_ns(text) {
+        return Timestamp::from_nanosecond(nanos.into()).ok();
+    }
+    let ago = || now.checked_sub(text.parse::<SignedDuration>().ok()?).ok();
+    text.parse().ok().or_else(ago)
+}
+
+/// The part of the body of `connect` and `disconnect` that counts here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(super) struct Attachment {
+    container: String,
+}
+
+/// `POST /networks/{id}/connect`.
+pub(super) async fn connect(
+    State(backend): State<Shared>,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<StatusCode, ApiError> {
+    refuse_attachment(&backend, &id, &body.parse()?, "add")
+}
+
+/// `POST /networks/{id}/disconnect`.
+pub(super) async fn disconnect(
+    State(backend): State<Shared>,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<StatusCode, ApiError> {
+    refuse_attachment(&backend, &id, &body.parse()?, "rm")
+}
+
+/// There are no containers but those of tasks, and a task has the networks that its service has.
+fn refuse_attachment(
+    backend: &Shared,
+    network: &str,
+    Attachment { container }: &Attachment,
+    flag: &str,
+) -> Result<StatusCode, ApiError> {
+    let refusal = read(backend, |store| {
+        let network = &find::network(store, network)?.spec.name;
+        let task = || find::task(store, container).map(|task| task.service_name.clone());
+        let by_container = || {
+            let is = |task: &&Task| container_id(task).starts_with(&container[..]);
+            store.tasks.values().find(is).map(|task| task.service_name.clone())
+        };
+        let service = task().ok().or_else(|| by_container().filter(|_| !container.is_empty()));
+        let Some(service) = service else {
+            return Err(ApiError::not_found(format!("No such container: {container}")));
+        };
+        Ok(ApiError::new(
+            StatusCode::FORBIDDEN,
+            format!(
+                "{container} is a task of service {service} and has the service's networks: use \
+                 `service update --network-{flag} {network} {service}`"
+            ),
+        ))
+    })??;
+    Err(refusal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_in_time_are_absolute_or_ago() {
+        let now: Timestamp = "2026-01-02T15:04:05Z".parse().unwrap();
+        let at = |text| point_in_time(text, now).map(|at| at.as_second() - now.as_second());
+        assert_eq!(at("10m"), Some(-600));
+        assert_eq!(at("1h30m"), Some(-5400));
+        assert_eq!(at("2026-01-02T15:04:00Z"), Some(-5));
+        assert_eq!(at("1767366245"), Some(0));
+        for bad in ["", "yesterday", "10 parsecs"] {
+            assert_eq!(at(bad), None, "{bad}");
+        }
+    }
 }

@@ -33,7 +33,7 @@ pub(super) async fn list(
         let keep = |node: &&Node| {
             filters.any("id", |id| node.id.to_string().starts_with(id))
                 && filters.any("name", |name| node.name().starts_with(name))
-                && filters.any("role", |role| role == convert::node::role(node.spec.role))
+                && filters.any("role", |role| role == node.spec.role.name())
                 && filters.any("membership", |membership| membership == "accepted")
                 && filters.labels("label", &node.spec.labels)
                 && filters.labels("node.label", &node.spec.labels)

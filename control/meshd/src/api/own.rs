@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     ApiError, Shared,
     backend::{ExecInput, ExecOutput, ExecRequest, ExecSession, SwarmState},
-    convert, find,
+    find,
     listen::Place,
     read,
     request::{Body, Params},
@@ -49,7 +49,7 @@ pub(super) async fn status(State(backend): State<Shared>) -> Result<Json<api::St
     status.state = "active".into();
     status.node_id = member.node.to_string();
     status.cluster_id = member.cluster.to_string();
-    status.role = convert::node::role(member.role).into();
+    status.role = member.role.name().into();
     if member.role == Role::Worker {
         return Ok(Json(status));
     }
@@ -61,8 +61,8 @@ pub(super) async fn status(State(backend): State<Shared>) -> Result<Json<api::St
             id: node.id.to_string(),
             number: node.number.get(),
             name: node.name().to_owned(),
-            role: convert::node::role(node.spec.role).into(),
-            state: convert::node::state(node.status.state).into(),
+            role: node.spec.role.name().into(),
+            state: node.status.state.name().into(),
             addr: node.address.ip().to_string(),
         };
         let leads = nodes.iter().find(|node| Some(node.number) == leader);

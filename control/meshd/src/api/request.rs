@@ -223,6 +223,16 @@ impl Filters {
         })
     }
 
+    /// `label!=key` and `label!=key=value`: none may match.
+    pub(super) fn no_labels(&self, key: &str, labels: &BTreeMap<String, String>) -> bool {
+        self.values(key).is_none_or(|values| {
+            !values.iter().any(|unwanted| match unwanted.split_once('=') {
+                Some((name, value)) => labels.get(name).is_some_and(|have| have == value),
+                None => labels.contains_key(unwanted),
+            })
+        })
+    }
+
     /// Refuses values of a key outside of a fixed set: 500, as Docker does.
     pub(super) fn only(&self, key: &str, allowed: &[&str]) -> Result<(), ApiError> {
         let bad = self

@@ -12,8 +12,8 @@ use axum::{
 use mesh_api::BODY_BYTES_MAX;
 
 use super::{
-    ApiError, Shared, logs, networks, nodes, own, read, request::BodyLimit, services, swarm,
-    system, tasks,
+    ApiError, Shared, events, logs, networks, nodes, own, read, request::BodyLimit, services,
+    swarm, system, tasks, usage,
 };
 
 /// What a route asks of the node that it comes to.
@@ -68,6 +68,9 @@ fn table() -> Vec<Row> {
         row(GET, "/_ping", (Nothing, 0), system::ping),
         row(GET, "/version", (Nothing, 0), system::version),
         row(GET, "/info", (Nothing, 0), system::info),
+        // What this manager saw: it goes on without a majority.
+        row(GET, "/events", (Nothing, 0), events::stream),
+        row(GET, "/system/df", (Nothing, 0), usage::disk),
         row(GET, "/distribution/{*image}", (Nothing, 0), system::distribution),
         row(POST, "/swarm/init", (Nothing, JSON), swarm::init),
         row(POST, "/swarm/join", (Nothing, JSON), swarm::join),
@@ -81,7 +84,10 @@ fn table() -> Vec<Row> {
         // Docker shows networks of its own on nodes that are no managers.
         row(GET, "/networks", (Store, 0), networks::list),
         row(POST, "/networks/create", (Store, JSON), networks::create),
+        row(POST, "/networks/prune", (Manager, 0), networks::prune),
         row(GET, "/networks/{id}", (Store, 0), networks::inspect),
+        row(POST, "/networks/{id}/connect", (Manager, JSON), networks::connect),
+        row(POST, "/networks/{id}/disconnect", (Manager, JSON), networks::disconnect),
         row(DELETE, "/networks/{id}", (Store, 0), networks::remove),
         row(GET, "/services", (Manager, 0), services::list),
         row(POST, "/services/create", (Manager, JSON), services::create),

@@ -59,7 +59,7 @@ fn matches(filters: &Filters, store: &Store, task: &Task) -> bool {
         && filters.any("name", |name| task.name().starts_with(name))
         && filters.any("desired-state", |state| {
             // `Ready` is on its way to running: it has waited for its restart delay.
-            let desired = match convert::task::state(task.desired) {
+            let desired = match task.desired.name() {
                 "ready" => "running",
                 "remove" => "shutdown",
                 other => other,

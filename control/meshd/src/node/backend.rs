@@ -26,6 +26,7 @@ use crate::{
             Backend, Counter, ExecRequest, ExecSession, InitRequest, JoinRequest, JoinTokens,
             Leadership, LocalState, LogsOutput, LogsRequest, Membership, NodeStats, SwarmState,
         },
+        events::Feed,
     },
     gossip::GOSSIP_PORT,
     pki,
@@ -148,6 +149,10 @@ impl Node {
 
 #[async_trait]
 impl Backend for Node {
+    fn events(&self) -> Result<Feed, ApiError> {
+        Ok(self.manager()?.1.events())
+    }
+
     fn local(&self) -> LocalState {
         let mut engine = self.engine.clone();
         let swarm = match self.state() {

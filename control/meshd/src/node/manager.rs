@@ -12,6 +12,7 @@ use std::{
 
 use mesh_control::{
     command::{Command, NodeReport, Outcome, Proposal},
+    events::{EventLog, Number},
     leader::{LeaderMemory, decide},
     model::{Node, NodeState, NodeStatus, Role},
     store::Store,
@@ -23,17 +24,25 @@ use mesh_types::{
     record::{Delta, Scope},
     task::TaskAssignment,
 };
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use super::{
     clock,
     liveness::{HEARTBEAT, LEFT, Liveness},
 };
+use crate::api::events::Feed;
 
 /// The leader looks at liveness this often.
 const TICK: Duration = Duration::from_millis(500);
 /// Acknowledgements of several nodes come close together.
 const GATHER: Duration = Duration::from_millis(5);
+/// So many events are remembered for those who ask later.
+const EVENTS_MAX: usize = 2048;
+/// Changes come in bursts, and a look costs a walk over all objects.
+const EVENTS_GATHER: Duration = Duration::from_millis(20);
 
 /// A manager's share of the control plane.
 pub(crate) struct Manager {
@@ -44,6 +53,9 @@ pub(crate) struct Manager {
     acked: Mutex<BTreeMap<NodeId, Revision>>,
     /// Nodes acknowledged something: the leader's loops may go on, others pass it to the leader.
     news: Notify,
+    events: Feed,
+    /// Taken by the one who feeds it.
+    feeder: Mutex<Option<watch::Sender<Number>>>,
     closed: AtomicBool,
 }
 
@@ -73,8 +85,12 @@ impl Manager {
     /// Wraps a started raft.
     #[must_use]
     pub(crate) fn new(raft: Raft) -> Arc<Self> {
+        let (feeder, next) = watch::channel(0);
+        let events = Feed { log: Arc::new(Mutex::new(EventLog::keeping(EVENTS_MAX))), next };
         Arc::new(Self {
             raft,
+            events,
+            feeder: Mutex::new(Some(feeder)),
             liveness: Mutex::default(),
             log: Mutex::default(),
             acked: Mutex::default(),
@@ -206,7 +222,33 @@ impl Manager {
 
     /// Runs until aborted.
     pub(crate) async fn run(self: Arc<Self>, forward: impl AsyncForward) {
-        tokio::join!(self.stay_awake(), self.lead_or_follow(forward), self.keep_voters());
+        tokio::join!(
+            self.stay_awake(),
+            self.lead_or_follow(forward),
+            self.keep_voters(),
+            self.keep_events()
+        );
+    }
+
+    /// What happens in the cluster, for those who watch.
+    pub(crate) fn events(&self) -> Feed {
+        self.events.clone()
+    }
+
+    /// Looks for events whenever the store changes. Its end is that of all who watch.
+    async fn keep_events(&self) {
+        let Some(feeder) = lock(&self.feeder).take() else { return };
+        let mut revisions = self.raft.watch();
+        loop {
+            revisions.borrow_and_update();
+            let look = |store: &Store| lock(&self.events.log).look(store, clock::wall_ms());
+            let next = self.raft.read(look);
+            feeder.send_if_modified(|known| std::mem::replace(known, next) != next);
+            if revisions.changed().await.is_err() {
+                return;
+            }
+            tokio::time::sleep(EVENTS_GATHER).await;
+        }
     }
 
     /// Tells liveness that time passes, also while a round waits for the store: see

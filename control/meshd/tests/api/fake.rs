@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use mesh_control::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, TaskChange},
+    events::{EventLog, Number},
     model::{NodeDescription, NodeSpec, NodeState, NodeStatus, Role},
     store::Store,
 };
@@ -26,8 +27,9 @@ use meshd::api::{
         JoinRequest, JoinTokens, Leadership, LocalState, LogLine, LogsOutput, LogsRequest,
         Membership, NodeStats, SwarmState,
     },
+    events::Feed,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// The token that the fake cluster's only other member would take.
 pub(crate) const TOKEN: &str = "SWMTKN-1-fake-worker";
@@ -42,7 +44,20 @@ struct State {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Fake(Mutex<State>);
+pub(crate) struct Fake(Mutex<State>, Events);
+
+#[derive(Debug)]
+struct Events {
+    log: Arc<Mutex<EventLog>>,
+    next: watch::Sender<Number>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        let log = Arc::new(Mutex::new(EventLog::keeping(100)));
+        Self { log, next: watch::Sender::new(0) }
+    }
+}
 
 fn now_ms() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
@@ -158,6 +173,8 @@ impl Fake {
         if state.store.cluster.is_some() && state.role == Role::Manager {
             state.orchestrate();
             state.advance();
+            let next = self.1.log.lock().unwrap().look(&state.store, now_ms());
+            self.1.next.send_replace(next);
         }
     }
 
@@ -371,6 +388,11 @@ impl Backend for Fake {
             }
         });
         Ok(output)
+    }
+
+    fn events(&self) -> Result<Feed, ApiError> {
+        Self::check(&self.lock())?;
+        Ok(Feed { log: Arc::clone(&self.1.log), next: self.1.next.subscribe() })
     }
 
     async fn node_stats(&self, _: Option<NodeId>) -> Result<NodeStats, ApiError> {

@@ -1,34 +1,10 @@
 //! Nodes.
 
 use mesh_api as api;
-use mesh_control::model::{Availability, Cluster, Node, NodeSpec, NodeState, NodeStatus, Role};
+use mesh_control::model::{Cluster, Node, NodeSpec, NodeState, NodeStatus, Role};
 
 use super::{cluster::availability, time, version};
 use crate::api::{ApiError, backend::Leadership};
-
-pub(crate) fn role(role: Role) -> &'static str {
-    match role {
-        Role::Worker => "worker",
-        Role::Manager => "manager",
-    }
-}
-
-pub(crate) fn state(state: NodeState) -> &'static str {
-    match state {
-        NodeState::Unknown => "unknown",
-        NodeState::Down => "down",
-        NodeState::Ready => "ready",
-        NodeState::Disconnected => "disconnected",
-    }
-}
-
-fn availability_word(availability: Availability) -> &'static str {
-    match availability {
-        Availability::Active => "active",
-        Availability::Pause => "pause",
-        Availability::Drain => "drain",
-    }
-}
 
 /// A node as clients see it.
 pub(crate) fn node(
@@ -44,12 +20,12 @@ pub(crate) fn node(
         spec: api::NodeSpec {
             name: node.spec.name.clone().unwrap_or_default(),
             labels: node.spec.labels.clone(),
-            role: role(node.spec.role).into(),
-            availability: availability_word(node.spec.availability).into(),
+            role: node.spec.role.name().into(),
+            availability: node.spec.availability.name().into(),
         },
         description: description(node, cluster),
         status: api::NodeStatus {
-            state: state(node.status.state).into(),
+            state: node.status.state.name().into(),
             message: message(&node.status),
             addr: node.address.ip().to_string(),
         },

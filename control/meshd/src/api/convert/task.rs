@@ -5,34 +5,12 @@ use mesh_control::{
     model::{Network, Task},
     store::Store,
 };
-use mesh_types::{
-    spec::{DnsSpec, NetworkAttachment, RestartCondition, TaskSpec},
-    task::TaskState,
-};
+use mesh_types::spec::{DnsSpec, NetworkAttachment, RestartCondition, TaskSpec};
 
 use super::{
     network::{container_id, ipam_config},
     resources, time, version,
 };
-
-pub(crate) fn state(state: TaskState) -> &'static str {
-    match state {
-        TaskState::New => "new",
-        TaskState::Pending => "pending",
-        TaskState::Assigned => "assigned",
-        TaskState::Accepted => "accepted",
-        TaskState::Preparing => "preparing",
-        TaskState::Ready => "ready",
-        TaskState::Starting => "starting",
-        TaskState::Running => "running",
-        TaskState::Complete => "complete",
-        TaskState::Shutdown => "shutdown",
-        TaskState::Failed => "failed",
-        TaskState::Rejected => "rejected",
-        TaskState::Remove => "remove",
-        TaskState::Orphaned => "orphaned",
-    }
-}
 
 /// Whether a task was made from its service's current spec. Clients that wait for an update count
 /// these alone.
@@ -53,7 +31,7 @@ pub(crate) fn task(store: &Store, task: &Task) -> api::Task {
         slot: task.slot,
         node_id: task.node.map(|node| node.to_string()).unwrap_or_default(),
         status: status(task),
-        desired_state: state(task.desired).into(),
+        desired_state: task.desired.name().into(),
         networks_attachments: attachments(store, task),
     }
 }
@@ -69,7 +47,7 @@ fn status(task: &Task) -> api::TaskStatus {
         });
     api::TaskStatus {
         timestamp: time(status.since_ms),
-        state: state(status.state).into(),
+        state: status.state.name().into(),
         message: status.message.clone(),
         err: status.err.clone(),
         container_status: container,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mesh_api as api;
-use mesh_control::model::{UpdateState, UpdateStatus};
+use mesh_control::model::UpdateStatus;
 use mesh_types::spec::{FailureAction, UpdateOrder, UpdatePolicy};
 
 use super::time;
@@ -81,16 +81,8 @@ pub(crate) fn config(policy: &UpdatePolicy) -> api::UpdateConfig {
 
 /// How far an update is. Clients that wait for one end by it.
 pub(crate) fn status(status: &UpdateStatus) -> api::UpdateStatus {
-    let state = match status.state {
-        UpdateState::Updating => "updating",
-        UpdateState::Paused => "paused",
-        UpdateState::Completed => "completed",
-        UpdateState::RollbackStarted => "rollback_started",
-        UpdateState::RollbackPaused => "rollback_paused",
-        UpdateState::RollbackCompleted => "rollback_completed",
-    };
     api::UpdateStatus {
-        state: state.into(),
+        state: status.state.name().into(),
         started_at: Some(time(status.started_ms)),
         completed_at: status.completed_ms.map(time),
         message: status.message.clone(),
@@ -99,6 +91,8 @@ pub(crate) fn status(status: &UpdateStatus) -> api::UpdateStatus {
 
 #[cfg(test)]
 mod tests {
+    use mesh_control::model::UpdateState;
+
     use super::*;
 
     fn sent() -> api::UpdateConfig {
