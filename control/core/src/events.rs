@@ -298,7 +298,7 @@ impl Observed for Task {
     }
 
     fn about(&self) -> Labels {
-        let mut about = named(&Task::name(self));
+        let mut about = named(&self.name());
         about.insert("service".to_owned(), self.service_name.clone());
         about.extend(self.node.map(|node| ("node".to_owned(), node.to_string())));
         let end = self.status.exit_code.map(|code| ("exitCode".to_owned(), code.to_string()));

@@ -37,6 +37,15 @@ Engine Version:         {{.Description.Engine.EngineVersion}}
 ";
 
 const SERVICE: &str = "\
+{{- define \"policy\"}}
+ Parallelism:   {{.Parallelism}}
+{{- if .Delay}}
+ Delay:         {{.Delay}}
+{{- end}}
+ On failure:    {{.FailureAction}}
+ Monitoring Period: {{.Monitor}}
+ Max failure ratio: {{.MaxFailureRatio}}
+{{- end -}}
 ID:             {{.ID}}
 Name:           {{.Spec.Name}}
 {{- if .Spec.Labels}}
@@ -66,25 +75,11 @@ Placement:
  Max Replicas Per Node: {{.}}
 {{- end}}{{end}}
 {{- with .Spec.UpdateConfig}}
-UpdateConfig:
- Parallelism:   {{.Parallelism}}
-{{- if .Delay}}
- Delay:         {{.Delay}}
-{{- end}}
- On failure:    {{.FailureAction}}
- Monitoring Period: {{.Monitor}}
- Max failure ratio: {{.MaxFailureRatio}}
+UpdateConfig:{{template \"policy\" .}}
  Update order:      {{.Order}}
 {{- end}}
 {{- with .Spec.RollbackConfig}}
-RollbackConfig:
- Parallelism:   {{.Parallelism}}
-{{- if .Delay}}
- Delay:         {{.Delay}}
-{{- end}}
- On failure:    {{.FailureAction}}
- Monitoring Period: {{.Monitor}}
- Max failure ratio: {{.MaxFailureRatio}}
+RollbackConfig:{{template \"policy\" .}}
  Rollback order:    {{.Order}}
 {{- end}}
 ContainerSpec:

@@ -9,8 +9,9 @@ use mesh_api::{NetworkTarget, Port};
 use serde_json::{Map, Value, json};
 
 use super::{
-    create::{EndpointMode, RestartCondition, restart_policy},
-    duration, key_values, publish,
+    create::EndpointMode,
+    key_values, publish,
+    restart::RestartArgs,
     update::{list, object, words},
 };
 use crate::client::{Client, escape};
@@ -59,24 +60,8 @@ pub(super) struct ChangeArgs {
     /// How its name resolves
     #[arg(long, value_enum)]
     endpoint_mode: Option<EndpointMode>,
-    /// When an ended task is replaced
-    #[arg(long, value_enum, value_name = "WHEN")]
-    restart_condition: Option<RestartCondition>,
-    /// Pause before the replacement starts
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    restart_delay: Option<u64>,
-    /// Give up after this many
-    #[arg(long, value_name = "N")]
-    restart_max_attempts: Option<u64>,
-    /// Attempts are counted over this long
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    restart_window: Option<u64>,
-    /// Time between the stop signal and SIGKILL
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    stop_grace_period: Option<u64>,
-    /// The signal that asks a task to end
-    #[arg(long, value_name = "SIGNAL")]
-    stop_signal: Option<String>,
+    #[command(flatten)]
+    restart: RestartArgs,
 }
 
 /// Ids of networks by the names that flags gave.
@@ -119,7 +104,7 @@ impl ChangeArgs {
             ("Image", &self.image),
             ("Hostname", &self.hostname),
             ("Dir", &self.workdir),
-            ("StopSignal", &self.stop_signal),
+            ("StopSignal", &self.restart.stop_signal),
         ];
         for (key, text) in texts {
             given.extend(text.iter().map(|text| (key.to_owned(), json!(text))));
@@ -127,7 +112,7 @@ impl ChangeArgs {
         if let Some(entrypoint) = &self.entrypoint {
             given.insert("Command".into(), json!(words(entrypoint)?));
         }
-        let period = self.stop_grace_period;
+        let period = self.restart.stop_grace_period;
         given.extend(period.map(|period| ("StopGracePeriod".to_owned(), json!(period))));
         if !given.is_empty() {
             object(spec, &["TaskTemplate", "ContainerSpec"])?.extend(given);
@@ -175,13 +160,7 @@ impl ChangeArgs {
     }
 
     fn restart(&self, spec: &mut Value) -> Result<()> {
-        let given = restart_policy(
-            self.restart_condition,
-            self.restart_delay,
-            self.restart_max_attempts,
-            self.restart_window,
-        );
-        let Some(given) = given else { return Ok(()) };
+        let Some(given) = self.restart.policy() else { return Ok(()) };
         let given = serde_json::to_value(given).context("cannot write a restart policy")?;
         let fields = given.as_object().into_iter().flatten();
         // An empty condition was not given.

@@ -6,15 +6,16 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use mesh_api::{
     ContainerSpec, DnsConfig, EndpointSpec, GlobalMode, NetworkTarget, Placement,
-    PlacementPreference, Port, ReplicatedMode, RestartPolicy, ServiceCreated, ServiceMode,
-    ServiceSpec, TaskTemplate, UpdateConfig,
+    PlacementPreference, Port, ReplicatedMode, ServiceCreated, ServiceMode, ServiceSpec,
+    TaskTemplate, UpdateConfig,
 };
 
 use super::{
-    WaitArgs, duration, labels,
+    WaitArgs, labels,
     policy::PolicyArgs,
     progress, publish,
     resources::{ResourceArgs, preference},
+    restart::RestartArgs,
     update::words,
 };
 use crate::{Usage, client::Client, output::say};
@@ -40,13 +41,6 @@ enum Runtime {
     Process,
     #[value(hide = true)]
     Oci,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum RestartCondition {
-    None,
-    OnFailure,
-    Any,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -108,24 +102,8 @@ pub(crate) struct CreateArgs {
     /// Working directory
     #[arg(short, long, default_value = "", hide_default_value = true, value_name = "DIR")]
     workdir: String,
-    /// When an ended task is replaced; any if not given
-    #[arg(long, value_enum, value_name = "WHEN")]
-    restart_condition: Option<RestartCondition>,
-    /// Pause before the replacement starts; 5s if not given
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    restart_delay: Option<u64>,
-    /// Give up after this many
-    #[arg(long, value_name = "N")]
-    restart_max_attempts: Option<u64>,
-    /// Attempts are counted over this long
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    restart_window: Option<u64>,
-    /// Time between the stop signal and SIGKILL; 10s if not given
-    #[arg(long, value_parser = duration, value_name = "DURATION")]
-    stop_grace_period: Option<u64>,
-    /// The signal that asks a task to end; SIGTERM if not given
-    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIGNAL")]
-    stop_signal: String,
+    #[command(flatten)]
+    restart: RestartArgs,
     /// How its name resolves
     #[arg(long, value_enum, default_value = "vip")]
     endpoint_mode: EndpointMode,
@@ -227,17 +205,12 @@ fn spec(
                 hostname: args.hostname,
                 env: env(&args.env, environment),
                 dir: args.workdir,
-                stop_signal: args.stop_signal,
-                stop_grace_period: args.stop_grace_period,
+                stop_grace_period: args.restart.stop_grace_period,
+                stop_signal: args.restart.stop_signal.clone().unwrap_or_default(),
                 dns_config: dns_config(&args.dns, args.dns_search, args.dns_option),
             }),
             resources: args.resources.requirements()?,
-            restart_policy: restart_policy(
-                args.restart_condition,
-                args.restart_delay,
-                args.restart_max_attempts,
-                args.restart_window,
-            ),
+            restart_policy: args.restart.policy(),
             placement: (placement != Placement::default()).then_some(placement),
             networks: args.network,
             force_update: 0,
@@ -294,22 +267,6 @@ fn mode(mode: Mode, replicas: Option<u64>) -> Result<ServiceMode> {
             "jobs (--mode replicated-job, global-job) are not implemented yet by mesh".to_owned()
         )),
     }
-}
-
-pub(super) fn restart_policy(
-    condition: Option<RestartCondition>,
-    delay: Option<u64>,
-    max_attempts: Option<u64>,
-    window: Option<u64>,
-) -> Option<RestartPolicy> {
-    let word = match condition {
-        None => "",
-        Some(RestartCondition::None) => "none",
-        Some(RestartCondition::OnFailure) => "on-failure",
-        Some(RestartCondition::Any) => "any",
-    };
-    let policy = RestartPolicy { condition: word.into(), delay, max_attempts, window };
-    (policy != RestartPolicy::default()).then_some(policy)
 }
 
 /// The variables of an `--env-file`: a line each, but for blank ones and comments.

@@ -9,6 +9,7 @@ pub(crate) mod progress;
 pub(crate) mod ps;
 mod publish;
 mod resources;
+mod restart;
 mod update;
 
 use anyhow::{Context, Result, bail};
