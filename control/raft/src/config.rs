@@ -39,7 +39,7 @@ impl RaftConfig {
             data_key,
             resume: false,
             timers: Timers::default(),
-            snapshot_entries: 5000,
+            snapshot_entries: SNAPSHOT_ENTRIES,
             snapshot_bytes: 16 << 20,
         }
     }
@@ -92,6 +92,9 @@ impl Default for Timers {
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+/// Snapshots are made after this many entries, unless a configuration says otherwise.
+pub const SNAPSHOT_ENTRIES: u64 = 5_000;
 
 /// Entries kept behind a snapshot for followers that are a little late.
 const KEEP: u64 = 500;

@@ -24,7 +24,7 @@ mod seal;
 mod segment;
 mod types;
 
-pub use config::{RaftConfig, Timers};
+pub use config::{RaftConfig, SNAPSHOT_ENTRIES, Timers};
 pub use disk::DiskError;
 pub use forward::{Applied, NO_LEADER, ProposeError, ReadError, VoterError};
 pub use handle::{BootstrapError, Raft, ServeError, StartError};

@@ -113,6 +113,19 @@ impl Hierarchies {
         found
     }
 
+    /// Whether tasks can be limited in CPU time, memory and processes here.
+    #[must_use]
+    pub fn can_limit(&self) -> [bool; 3] {
+        Controller::ALL.map(|one| self.controllers.contains(&one) || self.v1.contains_key(&one))
+    }
+
+    /// The version of the hierarchies that limit tasks: 2, or 1 if any is.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        let elsewhere = |one: &Controller| !self.controllers.contains(one);
+        if self.v1.keys().any(elsewhere) { 1 } else { 2 }
+    }
+
     /// The places of a cgroup's twins, whether they are there or not.
     #[must_use]
     pub fn twins(&self, cgroup: &Path) -> Vec<PathBuf> {
@@ -274,6 +287,7 @@ mod tests {
     #[test]
     fn beside_version_1_a_task_has_twins() {
         let here = Hierarchies::parse(HYBRID, Path::new("/sys/fs/cgroup/unified/mesh"));
+        assert_eq!((here.can_limit(), here.version()), ([true; 3], 1));
         let plan = here.plan(Path::new(TASK), &all()).unwrap();
         let (cpu, root) = ("/sys/fs/cgroup/cpu,cpuacct/mesh/t1", "/sys/fs/cgroup");
         let expected = [
@@ -295,6 +309,7 @@ mod tests {
         let parent = Path::new("/sys/fs/cgroup/mesh");
         let mut here = Hierarchies::parse(mounts, parent);
         here.controllers = Controller::among("cpuset cpu io memory hugetlb pids".split(' '));
+        assert_eq!((here.can_limit(), here.version()), ([true; 3], 2));
         let plan = here.plan(&parent.join("t1"), &all()).unwrap();
         let hand = |path: &str| format!("{path}/cgroup.subtree_control=+cpu +memory +pids");
         let root = "/sys/fs/cgroup";
@@ -320,6 +335,7 @@ mod tests {
     fn without_a_controller_a_limit_is_refused() {
         let lines: Vec<&str> = HYBRID.lines().filter(|line| !line.contains(",memory")).collect();
         let here = Hierarchies::parse(&lines.join("\n"), Path::new(TASK));
+        assert_eq!(here.can_limit(), [true, false, true]);
         let error = here.plan(Path::new(TASK), &all()).unwrap_err();
         assert!(error.starts_with("this node cannot limit memory: "), "{error}");
         let mut others = all();

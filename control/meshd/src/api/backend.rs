@@ -134,6 +134,10 @@ pub struct EngineFacts {
     pub state_dir: String,
     /// Tasks that run here now.
     pub tasks_running: usize,
+    /// Whether tasks can be limited in CPU time, memory and processes.
+    pub can_limit: [bool; 3],
+    /// The version of the cgroups that limit them.
+    pub cgroup_version: u32,
 }
 
 /// Whether this node is in a cluster.

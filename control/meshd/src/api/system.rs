@@ -93,6 +93,12 @@ pub(super) async fn info(State(backend): State<Shared>) -> Json<Value> {
     let local = backend.local();
     let swarm = swarm_info(&backend, &local);
     let engine = local.engine;
+    let [cpu, memory, pids] = engine.can_limit;
+    let lacking = [(cpu, "cpu cfs quota"), (memory, "memory limit"), (pids, "pids limit")];
+    let lacking = lacking.iter().filter(|(can, _)| !can);
+    let warnings: Vec<String> =
+        lacking.map(|(_, what)| format!("WARNING: No {what} support")).collect();
+    let version = engine.cgroup_version.to_string();
     let info = Info {
         id: swarm.node_id.clone(),
         name: engine.hostname,
@@ -114,13 +120,13 @@ pub(super) async fn info(State(backend): State<Shared>) -> Json<Value> {
         "ContainersPaused": 0, "ContainersStopped": 0, "Images": 0, "Driver": "none",
         "DriverStatus": [],
         "Plugins": {"Volume": [], "Network": ["overlay"], "Authorization": null, "Log": []},
-        "MemoryLimit": true, "SwapLimit": true, "CpuCfsPeriod": true, "CpuCfsQuota": true,
-        "CPUShares": true, "CPUSet": true, "PidsLimit": true, "IPv4Forwarding": true,
+        "MemoryLimit": memory, "SwapLimit": memory, "CpuCfsPeriod": cpu, "CpuCfsQuota": cpu,
+        "CPUShares": false, "CPUSet": false, "PidsLimit": pids, "IPv4Forwarding": true,
         "OomKillDisable": false, "Debug": false, "NFd": 0, "NGoroutines": 0, "NEventsListener": 0,
-        "LoggingDriver": "json-file", "CgroupDriver": "cgroupfs", "CgroupVersion": "2",
+        "LoggingDriver": "json-file", "CgroupDriver": "cgroupfs", "CgroupVersion": version,
         "RegistryConfig": {"InsecureRegistryCIDRs": [], "IndexConfigs": {}},
         "Labels": [], "Runtimes": {"process": {"path": "meshd"}}, "DefaultRuntime": "process",
-        "SecurityOptions": [], "Warnings": null,
+        "SecurityOptions": [], "Warnings": warnings,
     });
     if let (Value::Object(full), Ok(Value::Object(info))) = (&mut full, serde_json::to_value(info))
     {

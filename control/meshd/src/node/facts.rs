@@ -3,6 +3,7 @@
 use std::fs;
 
 use mesh_control::model::NodeDescription;
+use mesh_executor::cgroup::Hierarchies;
 
 use crate::{api::backend::EngineFacts, options::Options};
 
@@ -13,6 +14,7 @@ pub(crate) fn read(options: &Options) -> EngineFacts {
     let of = |part: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
         uname.as_ref().map(|u| part(u).to_string_lossy().into_owned()).unwrap_or_default()
     };
+    let cgroups = Hierarchies::observe(&options.cgroup()).unwrap_or_default();
     EngineFacts {
         hostname: options.node_name.clone().unwrap_or_else(|| of(|u| u.nodename())),
         kernel: of(|u| u.release()),
@@ -22,6 +24,8 @@ pub(crate) fn read(options: &Options) -> EngineFacts {
         memory_bytes: memory_bytes().unwrap_or_default(),
         state_dir: options.state_dir.display().to_string(),
         tasks_running: 0,
+        can_limit: cgroups.can_limit(),
+        cgroup_version: cgroups.version(),
     }
 }
 

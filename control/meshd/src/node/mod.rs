@@ -32,6 +32,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
+pub(crate) use self::liveness::HEARTBEAT;
 use self::member::Member;
 use crate::{api::backend::EngineFacts, identity::Identity, options::Options};
 

@@ -218,6 +218,8 @@ impl Backend for Fake {
             memory_bytes: 1 << 30,
             state_dir: "/var/lib/mesh".into(),
             tasks_running: 0,
+            can_limit: [true, true, false],
+            cgroup_version: 1,
         };
         let swarm = match state.me {
             None => SwarmState::Inactive,

@@ -6,17 +6,23 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use ipnetwork::IpNetwork;
 use mesh_api::{self as api, TlsInfo};
 use mesh_control::model::{Availability, Cluster, ClusterSpec};
+use mesh_raft::{SNAPSHOT_ENTRIES, Timers};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::{time, version};
-use crate::api::{
-    ApiError,
-    backend::{InitRequest, JoinRequest, JoinTokens, NodeAddress},
+use crate::{
+    api::{
+        ApiError,
+        backend::{InitRequest, JoinRequest, JoinTokens, NodeAddress},
+    },
+    node::HEARTBEAT,
 };
 
 /// The port of managers. Not an option yet.
 const MANAGER_PORT: u16 = 2377;
 const NANOS: u64 = 1_000_000_000;
+/// How often a node is heard.
+const HEARTBEAT_NANOS: u64 = HEARTBEAT.as_secs() * NANOS;
 
 /// `GET /swarm`; without tokens as part of `GET /info`.
 pub(crate) fn swarm(cluster: &Cluster, tokens: Option<JoinTokens>) -> api::Swarm {
@@ -38,8 +44,10 @@ pub(crate) fn swarm(cluster: &Cluster, tokens: Option<JoinTokens>) -> api::Swarm
     }
 }
 
-/// The settings, with the figures that mesh has in place of Swarm's (ticks of 100 ms).
+/// The settings, with the figures that mesh has in place of Swarm's. A tick is a heartbeat.
 pub(crate) fn spec(spec: &ClusterSpec) -> api::ClusterSpec {
+    let timers = Timers::default();
+    let election = timers.election_max.as_millis().div_ceil(timers.heartbeat.as_millis());
     api::ClusterSpec {
         name: "default".into(),
         labels: spec.labels.clone(),
@@ -48,13 +56,13 @@ pub(crate) fn spec(spec: &ClusterSpec) -> api::ClusterSpec {
             reschedule_after: Some(spec.reschedule_after_secs.saturating_mul(NANOS)),
         },
         raft: api::RaftConfig {
-            snapshot_interval: 10_000,
+            snapshot_interval: SNAPSHOT_ENTRIES,
             keep_old_snapshots: 0,
             log_entries_for_slow_followers: 500,
-            election_tick: 10,
+            election_tick: u64::try_from(election).unwrap_or(u64::MAX),
             heartbeat_tick: 1,
         },
-        dispatcher: api::Dispatcher { heartbeat_period: 5 * NANOS },
+        dispatcher: api::Dispatcher { heartbeat_period: HEARTBEAT_NANOS },
         ca_config: api::CaConfig {
             node_cert_expiry: spec.certificate_secs.saturating_mul(NANOS),
             ..api::CaConfig::default()
@@ -175,15 +183,15 @@ pub(crate) fn update(
     Ok(spec)
 }
 
-/// Settings that mesh has no counterpart for pass with Swarm's defaults only.
+/// Settings that mesh has no counterpart for pass with Swarm's defaults, or as they are shown.
 fn refuse_other_settings(spec: &api::ClusterSpec) -> Result<(), ApiError> {
     let checks = [
-        ("--snapshot-interval", spec.raft.snapshot_interval, 10_000),
-        ("--max-snapshots", spec.raft.keep_old_snapshots, 0),
-        ("--dispatcher-heartbeat", spec.dispatcher.heartbeat_period, 5 * NANOS),
+        ("--snapshot-interval", spec.raft.snapshot_interval, [10_000, SNAPSHOT_ENTRIES]),
+        ("--max-snapshots", spec.raft.keep_old_snapshots, [0; 2]),
+        ("--dispatcher-heartbeat", spec.dispatcher.heartbeat_period, [5 * NANOS, HEARTBEAT_NANOS]),
     ];
-    for (flag, value, default) in checks {
-        if value != 0 && value != default {
+    for (flag, value, taken) in checks {
+        if value != 0 && !taken.contains(&value) {
             return Err(ApiError::not_implemented(format!("{flag} other than its default")));
         }
     }
