@@ -71,6 +71,14 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
+/// Takes in the body of a request that is refused: a client that still sends it would see a broken
+/// connection instead of the answer.
+pub(super) async fn discard(request: Request) {
+    let BodyLimit(limit) = request.extensions().get().copied().unwrap_or(BodyLimit(0));
+    // One that is too large or too slow is no concern of ours.
+    let _ = timeout(BODY, to_bytes(request.into_body(), limit)).await;
+}
+
 impl Body {
     #[cfg(fuzzing)]
     pub(super) fn of(bytes: &[u8]) -> Self {

@@ -12,8 +12,9 @@ use axum::{
 use mesh_api::BODY_BYTES_MAX;
 
 use super::{
-    ApiError, Shared, events, logs, networks, nodes, own, read, request::BodyLimit, services,
-    swarm, system, tasks, usage,
+    ApiError, Shared, events, logs, networks, nodes, own, read,
+    request::{BodyLimit, discard},
+    services, swarm, system, tasks, usage,
 };
 
 /// What a route asks of the node that it comes to.
@@ -123,11 +124,20 @@ async fn guard(
     next: Next,
 ) -> Result<Response, ApiError> {
     request.extensions_mut().insert(BodyLimit(rule.body));
-    if rule.needs != Needs::Nothing {
-        backend.catch_up().await?;
-    }
-    if rule.needs == Needs::Manager {
-        read(&backend, |_| ())?;
+    if let Err(refusal) = admit(&backend, rule.needs).await {
+        discard(request).await;
+        return Err(refusal);
     }
     Ok(next.run(request).await)
+}
+
+/// Whether the node has what a route asks of it.
+async fn admit(backend: &Shared, needs: Needs) -> Result<(), ApiError> {
+    if needs != Needs::Nothing {
+        backend.catch_up().await?;
+    }
+    if needs == Needs::Manager {
+        read(backend, |_| ())?;
+    }
+    Ok(())
 }
