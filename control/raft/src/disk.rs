@@ -14,7 +14,7 @@ use std::{
 };
 
 use openraft::entry::RaftEntry;
-use redb::{Database, Durability, ReadableDatabase, TableDefinition};
+use redb::{Database, Durability, ReadableDatabase, TableDefinition, TableHandle};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
@@ -179,6 +179,7 @@ impl Disk {
             .map_err(|error| cannot_open(&path, error))?;
         let sealer = Arc::new(Sealer::new(key).map_err(|error| cannot_open(&path, error))?);
         let meta = Arc::new(Meta { path, db, sealer: Arc::clone(&sealer) });
+        meta.refuse_earlier_layout()?;
         // The table is there from the first transaction on.
         meta.write(|_| Ok(()))?;
         let _: Option<Vote> = meta.get(VOTE)?;
@@ -256,6 +257,20 @@ impl Meta {
 
     pub(crate) fn save_purged(&self, upto: &LogId) -> Result<(), DiskError> {
         self.put(PURGED, upto)
+    }
+
+    /// The log was a table of the database once: what is in it is not read here, nor passed over.
+    fn refuse_earlier_layout(&self) -> Result<(), DiskError> {
+        let txn = self.db.begin_read().map_err(|e| self.database(e))?;
+        let mut tables = txn.list_tables().map_err(|e| self.database(e))?;
+        if tables.any(|table| table.name() == "log") {
+            return Err(self.malformed(
+                "the log",
+                "it is that of an earlier version of meshd: let this manager leave by force \
+                 (`swarm leave --force`), remove it on another manager, and join again",
+            ));
+        }
+        Ok(())
     }
 
     fn database(&self, error: impl Into<redb::Error>) -> DiskError {

@@ -730,7 +730,9 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
-        Ok(self.disk.committed())
+        // After a power cut the hint may be further than the log, or none.
+        let last = self.disk.log().log_state().last_log_id.map(|id| id.index);
+        Ok(self.disk.committed().filter(|committed| Some(committed.index) <= last))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> io::Result<()>

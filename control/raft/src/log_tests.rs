@@ -195,3 +195,30 @@ async fn a_write_that_was_cut_off_is_no_damage() {
     drop(log);
     assert_eq!(ids(&mut open(&dir)).await, [id(1, 0), id(1, 1), id(2, 2)]);
 }
+
+#[tokio::test]
+async fn a_hint_beyond_the_log_is_none() {
+    let dir = TempDir::new("log-hint");
+    let mut log = open(&dir);
+    append(&mut log, vec![entry(1, 0, 10), entry(1, 1, 10)]).await;
+    for (hint, read) in [(id(1, 1), Some(id(1, 1))), (id(1, 2), None)] {
+        log.save_committed(Some(hint)).await.unwrap();
+        assert_eq!(log.read_committed().await.unwrap(), read);
+    }
+    drop(log);
+    fs::write(dir.path().join("committed"), b"no such thing").unwrap();
+    assert_eq!(open(&dir).read_committed().await.unwrap(), None);
+}
+
+#[test]
+fn an_earlier_layout_is_refused() {
+    let dir = TempDir::new("log-earlier");
+    let earlier = redb::TableDefinition::<u64, &[u8]>::new("log");
+    let db = redb::Database::create(dir.path().join("raft.redb")).unwrap();
+    let txn = db.begin_write().unwrap();
+    txn.open_table(earlier).unwrap();
+    txn.commit().unwrap();
+    drop(db);
+    let refused = Disk::open(dir.path(), &[1; 32]).unwrap_err().to_string();
+    assert!(refused.contains("an earlier version"), "{refused}");
+}
