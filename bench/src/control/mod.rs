@@ -26,6 +26,9 @@ const ETCD: &str = "etcd";
 /// Writers under way while the leader dies.
 const WRITERS: usize = 8;
 
+/// A store's rates and median times, by round, and how many of its writes failed.
+type Round = (Vec<f64>, Vec<f64>, u64);
+
 /// Options of the benchmark.
 #[derive(Debug, Args)]
 pub(crate) struct Control {
@@ -103,7 +106,7 @@ pub(crate) fn run(options: &Control) -> Result<()> {
             }
         }
         let names = stores.iter().map(|(name, ..)| *name);
-        let of = |pick: fn(&(Vec<f64>, Vec<f64>, u64)) -> Vec<f64>| -> Vec<Figure> {
+        let of = |pick: fn(&Round) -> Vec<f64>| -> Vec<Figure> {
             let figure = |(name, round)| Figure::new(name, pick(round), 0, round.2);
             names.clone().zip(&rounds).map(figure).collect()
         };
@@ -143,8 +146,9 @@ pub(crate) fn run(options: &Control) -> Result<()> {
     ));
     let heading = format!(
         "# Writes through raft, side by side\n\nMedians (least–greatest) of {} interleaved rounds \
-         of {} s in one run, order reversed every other round; three members each in namespaces of \
-         this machine, files on one disk, each write synced. Values of {} bytes. mesh: `propose` in \
+         of {} s in one run, order reversed every other round; three members each in namespaces \
+         of this machine, files on one disk, each write synced. Values of {} bytes. mesh: \
+         `propose` in \
          the leader's process, or in a follower's, which forwards it over TLS. etcd: gRPC, in \
          clear, to the leader. The leader was killed (SIGKILL) {} times under {WRITERS} writers \
          that ask a follower; what is shown is the longest time without a write.\n",

@@ -96,8 +96,8 @@ fn identity(number: u64, dir: &Path) -> Result<Identity> {
 }
 
 impl Node {
-    /// Serves, and does what standard input says: `found`, `add NUMBER`, `load WRITERS MILLISECONDS`,
-    /// `leader`. Each order is answered by a line.
+    /// Serves, and does what standard input says: `found`, `add NUMBER`, `load WRITERS
+    /// MILLISECONDS`, `leader`. Each order is answered by a line.
     pub(super) async fn run(self) -> Result<()> {
         let (number, own) = (self.number, address(self.number));
         let identity = identity(number, &self.dir)?;

@@ -25,6 +25,7 @@ pub mod token;
 
 #[cfg(any(test, fuzzing))]
 #[cfg_attr(not(test), allow(dead_code, reason = "fuzzers need little of it"))]
+#[allow(clippy::unwrap_used, reason = "for tests and fuzzers alone")]
 mod fixtures;
 #[cfg(fuzzing)]
 pub mod fuzz;

@@ -95,7 +95,7 @@ proptest! {
                 match step {
                     Step::Append(lengths) => {
                         let entries: Vec<_> =
-                            (next..).zip(&lengths).map(|(index, n)| entry(term, index, *n)).collect();
+                            (next..).zip(&lengths).map(|(at, n)| entry(term, at, *n)).collect();
                         next += entries.len() as u64;
                         model.extend(entries.iter().map(|entry| entry.log_id));
                         append(&mut log, entries).await;

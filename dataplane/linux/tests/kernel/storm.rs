@@ -163,9 +163,9 @@ impl Random {
     fn frame(&mut self, hook: Hook) -> Vec<u8> {
         let mut frame = match hook {
             Hook::FromUplink if self.below(4) > 0 => self.tunnelled(),
-            Hook::FromUplink => self.from_client(),
+            Hook::FromUplink => self.of_client(),
             Hook::FromVxlan => self.inner(),
-            Hook::FromTask(id) => self.from_task(id.get() as u8),
+            Hook::FromTask(id) => self.of_task(id.get() as u8),
             Hook::TaskLo(_) => unreachable!("not among the hooks"),
         };
         for _ in 0..self.below(5) {
@@ -269,7 +269,7 @@ impl Random {
         frame
     }
 
-    fn from_client(&mut self) -> Vec<u8> {
+    fn of_client(&mut self) -> Vec<u8> {
         let to = (vtep(1), self.pick(&[8080, 8080, 8081, 9999]));
         let mut frame = ethernet(self.uplink, 0x0800, &udp(CLIENT, to, &[0; 60]));
         self.as_tcp(&mut frame);
@@ -277,7 +277,7 @@ impl Random {
     }
 
     /// From a task's endpoint.
-    fn from_task(&mut self, id: u8) -> Vec<u8> {
+    fn of_task(&mut self, id: u8) -> Vec<u8> {
         match self.below(8) {
             // A request for an address (RFC 826).
             0 => {
