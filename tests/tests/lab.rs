@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             alone: false,
             groups: &[
                 cases::roles::GROUP,
+                cases::keys::GROUP,
                 cases::swarm::GROUP,
                 cases::resources::GROUP,
                 cases::events::GROUP,

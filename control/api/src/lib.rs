@@ -31,7 +31,9 @@ pub use node::{
     EngineDescription, ManagerStatus, Node, NodeDescription, NodeSpec, NodeStatus, Platform,
     Resources, TlsInfo,
 };
-pub use own::{Counter, ExecRequest, Frame, FrameError, FrameKind, NodeStats, Status, StatusNode};
+pub use own::{
+    Counter, ExecRequest, Frame, FrameError, FrameKind, GossipKey, NodeStats, Status, StatusNode,
+};
 pub use service::{
     ContainerSpec, DnsConfig, Endpoint, EndpointSpec, GlobalMode, Limit, NetworkTarget, Placement,
     PlacementPreference, Port, ReplicatedMode, Reservation, ResourceRequirements, RestartPolicy,

@@ -53,6 +53,18 @@ pub struct Status {
     pub revision: u64,
     /// All nodes; empty on workers.
     pub nodes: Vec<StatusNode>,
+    /// The key that seals gossip; of generation 0 on workers.
+    pub gossip_key: GossipKey,
+}
+
+/// How far the key of gossip is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct GossipKey {
+    /// Its generation.
+    pub epoch: u64,
+    /// The next one is on its way to all nodes.
+    pub rotating: bool,
 }
 
 /// See [`Status`].

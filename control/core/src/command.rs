@@ -6,14 +6,16 @@ use std::{
 };
 
 use mesh_types::{
-    ClusterId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId,
+    ClusterId, Epoch, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId,
     spec::{NetworkSpec, ServiceSpec},
     task::{TaskState, TaskStatus},
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::model::{ClusterSpec, NodeDescription, NodeSpec, NodeStatus, Role, UpdateState};
+use crate::model::{
+    CaRotation, ClusterSpec, NodeDescription, NodeSpec, NodeStatus, Role, RootId, UpdateState,
+};
 
 /// One entry of the log. Either all of it is applied or, rejected, nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +114,30 @@ pub enum Command {
         role: Role,
         /// A fresh secret.
         secret: [u8; 16],
+    },
+    /// Begins to replace the root certificate. One that was on its way already is given up for it.
+    RotateCa {
+        /// How often another root was asked for, this time included.
+        forced: u64,
+        /// The new root; when it begins is set here.
+        rotation: Box<CaRotation>,
+    },
+    /// Drops the old root, if all nodes have what they need of the new one.
+    FinishCaRotation {
+        /// The new one.
+        id: RootId,
+    },
+    /// Begins to replace the key of gossip, unless that is under way already.
+    RotateGossipKey {
+        /// A fresh key.
+        key: [u8; 32],
+    },
+    /// The next step of that, if all nodes have done the last one.
+    AdvanceGossipKey {
+        /// The generation that is being replaced.
+        epoch: Epoch,
+        /// Whether the new key was in use already, as the leader saw it.
+        in_use: bool,
     },
 }
 

@@ -73,7 +73,11 @@ pub fn decide(
     allocate(&mut round);
     scheduler::plan(&mut round);
     reaper::plan(&mut round, &places);
-    round.decision()
+    let (steps, look_again) = store.key_steps(now_ms);
+    look_again.into_iter().for_each(|at_ms| round.wake(at_ms));
+    let mut decision = round.decision();
+    decision.commands.extend(steps);
+    decision
 }
 
 /// Tries again for tasks without leases, where that would change anything.

@@ -7,7 +7,7 @@ use std::{
 
 use ipnetwork::IpNetwork;
 use mesh_types::{
-    ClusterId, EndpointId, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId, Vni,
+    ClusterId, EndpointId, Epoch, NetworkId, NodeId, NodeNumber, Revision, ServiceId, TaskId, Vni,
     resources::Amount,
     spec::{
         Constraint, ConstraintKey, Labels, NetworkAttachment, NetworkSpec, PortSpec, ServiceSpec,
@@ -45,8 +45,23 @@ pub struct Cluster {
     pub worker_secret: [u8; 16],
     /// The secret of the manager token.
     pub manager_secret: [u8; 16],
+    /// The digest of the root certificate, once it was changed.
+    #[serde(default)]
+    pub ca_id: Option<RootId>,
+    /// Another root that is to take its place.
+    #[serde(default)]
+    pub ca_rotation: Option<Box<CaRotation>>,
+    /// How often another root was asked for.
+    #[serde(default)]
+    pub ca_forced: u64,
     /// Seals gossip datagrams.
     pub gossip_key: [u8; 32],
+    /// The generation of that key.
+    #[serde(default = "GossipKeys::first")]
+    pub gossip_epoch: Epoch,
+    /// The key that is to take its place.
+    #[serde(default)]
+    pub gossip_next: Option<NextGossipKey>,
     /// The next endpoint id to lease. Never goes back.
     pub next_endpoint: EndpointId,
     /// The next node number to lease. Never goes back.
@@ -57,6 +72,111 @@ pub struct Cluster {
     /// while, their word in raft is not.
     #[serde(default)]
     pub removed_managers: Vec<NodeId>,
+}
+
+impl Cluster {
+    /// The roots that nodes trust, PEM; the last one signs their certificates.
+    #[must_use]
+    pub fn roots(&self) -> Vec<&str> {
+        let next = self.ca_rotation.iter().map(|rotation| rotation.cert_pem.as_str());
+        std::iter::once(self.ca_cert_pem.as_str()).chain(next).collect()
+    }
+
+    /// The keys of gossip.
+    #[must_use]
+    pub fn gossip_keys(&self) -> GossipKeys {
+        GossipKeys { key: self.gossip_key, epoch: self.gossip_epoch, next: self.gossip_next }
+    }
+}
+
+/// SHA-256 of a root certificate (DER).
+pub type RootId = [u8; 32];
+
+/// Another root certificate on its way. Until every node has a certificate of it, both are trusted,
+/// and certificates that the new one signed come with the new one's key signed by the old root: so
+/// who has not heard of the new one yet trusts them too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaRotation {
+    /// The new root.
+    pub id: RootId,
+    /// Its certificate, PEM.
+    pub cert_pem: String,
+    /// Its key, PEM (PKCS #8).
+    pub key_pem: String,
+    /// Its key, signed by the root that it replaces, PEM.
+    pub cross_pem: String,
+    /// When it began, by its proposer's clock.
+    pub started_ms: u64,
+}
+
+/// The keys of gossip: the one of this epoch, and the one of the next that is to take its place.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GossipKeys {
+    /// The key.
+    #[serde(rename = "gossip_key")]
+    pub key: [u8; 32],
+    /// Its generation.
+    #[serde(rename = "gossip_epoch", default = "GossipKeys::first")]
+    pub epoch: Epoch,
+    /// Its successor.
+    #[serde(rename = "gossip_next", default)]
+    pub next: Option<NextGossipKey>,
+}
+
+/// A key of gossip on its way: every node opens with it before one seals with it, and all seal with
+/// it before the old one is dropped.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextGossipKey {
+    /// The key.
+    pub key: [u8; 32],
+    /// All nodes hold it: it seals.
+    pub in_use: bool,
+}
+
+impl GossipKeys {
+    /// The first generation.
+    #[must_use]
+    pub fn first() -> Epoch {
+        Epoch::MIN
+    }
+
+    /// The generation of the next key.
+    #[must_use]
+    pub fn next_epoch(&self) -> Epoch {
+        self.epoch.next().unwrap_or(Epoch::MIN)
+    }
+
+    /// The generation that seals.
+    #[must_use]
+    pub fn sealing(&self) -> Epoch {
+        if self.next.is_some_and(|next| next.in_use) { self.next_epoch() } else { self.epoch }
+    }
+}
+
+impl std::fmt::Debug for GossipKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the keys.
+        f.debug_struct("GossipKeys").field("epoch", &self.epoch).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for NextGossipKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NextGossipKey").field("in_use", &self.in_use).finish_non_exhaustive()
+    }
+}
+
+/// How far a node is with the cluster's keys, by its own word.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NodeKeys {
+    /// The root that signed its certificate.
+    pub issuer: Option<RootId>,
+    /// The roots that it trusts.
+    pub trusts: BTreeSet<RootId>,
+    /// Generations of the gossip key that it opens.
+    pub opens: BTreeSet<Epoch>,
+    /// The generation that it seals with.
+    pub seals: Option<Epoch>,
 }
 
 /// What the operator set for the cluster.
@@ -238,6 +358,43 @@ pub struct NodeDescription {
     pub memory_bytes: u64,
     /// Addresses and routes of the host that are none of ours: no subnet may overlap them.
     pub host_routes: BTreeSet<IpNetwork>,
+    /// The cluster's keys that it holds.
+    #[serde(default)]
+    pub keys: NodeKeys,
+}
+
+impl NodeDescription {
+    /// Whether it is within what a node may say of itself: every manager keeps it, and every change
+    /// of it.
+    ///
+    /// # Errors
+    /// What is too long, for people.
+    pub fn check(&self) -> Result<(), String> {
+        const TEXT_MAX: usize = 256;
+        const ROUTES_MAX: usize = 16_384;
+        const KEYS_MAX: usize = 16;
+        let Self { hostname, architecture, os, engine_version, host_routes, keys, .. } = self;
+        let texts = [
+            ("host name", hostname),
+            ("architecture", architecture),
+            ("operating system", os),
+            ("version", engine_version),
+        ];
+        if let Some((what, _)) = texts.iter().find(|(_, text)| text.len() > TEXT_MAX) {
+            return Err(format!("the node's {what} is longer than {TEXT_MAX} bytes"));
+        }
+        if host_routes.len() > ROUTES_MAX {
+            return Err(format!(
+                "the node has {} addresses and routes of its own; subnets can be kept apart from \
+                 {ROUTES_MAX} at most",
+                host_routes.len()
+            ));
+        }
+        if keys.trusts.len().max(keys.opens.len()) > KEYS_MAX {
+            return Err(format!("the node says that it holds more than {KEYS_MAX} keys"));
+        }
+        Ok(())
+    }
 }
 
 /// Whether a node is alive.

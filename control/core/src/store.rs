@@ -6,6 +6,7 @@
 //! relies on that.
 
 mod cluster;
+mod keys;
 pub mod leases;
 mod names;
 mod networks;
@@ -109,6 +110,12 @@ impl Store {
             }
             Command::UpdateCluster { version, spec } => self.update_cluster(at, *version, spec),
             Command::RotateToken { role, secret } => self.rotate_token(at, *role, *secret),
+            Command::RotateCa { forced, rotation } => self.rotate_ca(at, *forced, rotation),
+            Command::FinishCaRotation { id } => Ok(self.finish_ca_rotation(at, id)),
+            Command::RotateGossipKey { key } => self.rotate_gossip_key(at, *key),
+            Command::AdvanceGossipKey { epoch, in_use } => {
+                Ok(self.advance_gossip_key(at, *epoch, *in_use))
+            }
         }
     }
 

@@ -27,8 +27,18 @@ pub(crate) enum Command {
     Inspect(InspectFormat),
     /// Change the cluster's settings
     Update(settings::UpdateArgs),
-    /// Show the root certificate that every node trusts
-    Ca,
+    /// Show or replace the root certificate that every node trusts
+    Ca(settings::CaArgs),
+    /// Replace the key that seals gossip between nodes
+    ///
+    /// Whoever had the old one (a node that was removed, a disk that was lost) reads and says
+    /// nothing more. Every node gets the new key first, then uses it, then the old one is dropped;
+    /// a node that is down gets it when it is back.
+    RotateGossipKey {
+        /// Do not wait until the old one is dropped
+        #[arg(short, long)]
+        detach: bool,
+    },
     /// Show or rotate a join token
     JoinToken {
         /// Whose
@@ -135,7 +145,8 @@ pub(crate) async fn run(client: &Client, command: Command) -> Result<()> {
             objects(&[swarm], &format)
         }
         Command::Update(args) => settings::update(client, args).await,
-        Command::Ca => settings::root(client).await,
+        Command::Ca(args) => settings::root(client, &args).await,
+        Command::RotateGossipKey { detach } => settings::rotate_gossip_key(client, detach).await,
         Command::JoinToken { role, quiet, rotate } => token(client, role, quiet, rotate).await,
     }
 }

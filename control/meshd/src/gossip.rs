@@ -102,6 +102,8 @@ struct Compared {
     calls: AtomicU64,
     failures: AtomicU64,
     answers: AtomicU64,
+    /// Datagrams that were not a member's.
+    dropped: AtomicU64,
 }
 
 /// Why a call to compare notes has no answer.
@@ -135,16 +137,18 @@ impl Answers {
     }
 
     /// Counters by name: calls of this node that were answered, those that were not, and calls of
-    /// others that it answered; and how many members there are beside it now.
+    /// others that it answered; how many members there are beside it now; and datagrams that were
+    /// dropped: no member's, of a key that is dropped, or seen before.
     #[must_use]
-    pub fn counters(&self) -> [(&'static str, u64); 4] {
-        let Compared { calls, failures, answers } = &*self.compared;
+    pub fn counters(&self) -> [(&'static str, u64); 5] {
+        let Compared { calls, failures, answers, dropped } = &*self.compared;
         let members = u64::try_from(self.members.borrow().len()).unwrap_or(u64::MAX);
         [
             ("anti_entropy_calls", calls.load(Ordering::Relaxed)),
             ("anti_entropy_failures", failures.load(Ordering::Relaxed)),
             ("anti_entropy_answers", answers.load(Ordering::Relaxed)),
             ("gossip_members", members),
+            ("gossip_datagrams_dropped", dropped.load(Ordering::Relaxed)),
         ]
     }
 }
@@ -316,6 +320,7 @@ impl Driver {
             match input {
                 Input::Datagram(Ok((length, from))) => {
                     if let Err(reason) = self.gossip.handle_datagram(now, &buffer[..length]) {
+                        self.compared.dropped.fetch_add(1, Ordering::Relaxed);
                         tracing::debug!(%from, %reason, "gossip datagram dropped");
                     }
                     // Under a flood of datagrams the timers must run all the same.
@@ -416,7 +421,7 @@ pub(crate) fn update<T: PartialEq>(channel: &watch::Sender<T>, new: T) -> bool {
 mod tests {
     use std::net::Ipv4Addr;
 
-    use mesh_gossip::GossipKey;
+    use mesh_gossip::{GossipKey, seal::Sealer};
     use mesh_types::Epoch;
     use tokio::time::timeout;
 
@@ -465,6 +470,63 @@ mod tests {
         timeout(limit, seen.wait_for(BTreeMap::is_empty)).await.unwrap().unwrap();
         let left = timeout(limit, events.recv()).await.unwrap().unwrap();
         assert_eq!(left, Event::Left(NodeNumber::new(2).unwrap()));
+    }
+
+    /// Waits until that many datagrams were dropped.
+    async fn dropped(shell: &Shell, count: u64) {
+        let all = async {
+            while shell.answers().counters()[4].1 < count {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let counted = || shell.answers().counters()[4].1;
+        assert!(timeout(Duration::from_secs(10), all).await.is_ok(), "only {}", counted());
+    }
+
+    #[tokio::test]
+    async fn what_no_member_says_is_dropped_and_counted() {
+        let (a, b) = (config(1, free_port()), config(2, free_port()));
+        let (to_a, to_b, cluster) = (a.address, b.address, a.cluster);
+        let (old, new) =
+            (a.keys.clone(), GossipKey { epoch: Epoch::MIN.next().unwrap(), secret: [2; 32] });
+        let a = Shell::start(a, Direct::default()).unwrap();
+        let b = Shell::start(b, Direct::default()).unwrap();
+        a.announce(to_b);
+        let limit = Duration::from_secs(10);
+        let mut members = a.members();
+        timeout(limit, members.wait_for(|m| m.len() == 1)).await.unwrap().unwrap();
+        let before = members.borrow_and_update().clone();
+        let evil = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        // Random bytes, an empty one, and the largest that UDP takes.
+        let mut sealer = Sealer::new(cluster, old.clone(), [9; 16]);
+        let garbage = sealer.seal(b"no message at all").unwrap();
+        for datagram in [&[7; 100][..], &[], &[1; 65_507], &garbage, &garbage] {
+            evil.send_to(datagram, to_a).await.unwrap();
+        }
+        dropped(&a, 5).await;
+        // Another key, or the right one for another cluster.
+        let other = Keyring::new(GossipKey { epoch: Epoch::MIN, secret: [3; 32] });
+        for mut sealer in [
+            Sealer::new(cluster, other, [9; 16]),
+            Sealer::new(ClusterId::from_bits(2), old.clone(), [9; 16]),
+        ] {
+            evil.send_to(&sealer.seal(b"x").unwrap(), to_a).await.unwrap();
+        }
+        dropped(&a, 7).await;
+        // The keys change under both, and what the old one seals is nobody's any more.
+        let both = Keyring { primary: old.primary.clone(), others: vec![new.clone()] };
+        let used = Keyring { primary: new.clone(), others: vec![old.primary] };
+        for keys in [both, used, Keyring::new(new)] {
+            [&a, &b].into_iter().for_each(|shell| shell.set_keys(keys.clone()));
+        }
+        let counted = a.answers().counters()[4].1;
+        evil.send_to(&sealer.seal(b"late").unwrap(), to_a).await.unwrap();
+        dropped(&a, counted + 1).await;
+        // Nothing of it changed who is a member, and those go on.
+        let after = members.borrow_and_update().clone();
+        assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+        b.leave().await;
+        timeout(limit, members.wait_for(BTreeMap::is_empty)).await.unwrap().unwrap();
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 //! place, so a crash leaves the old or the new one, never a key without its certificate.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -11,13 +12,16 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use mesh_control::model::Role;
+use mesh_control::model::{Role, RootId};
 use mesh_types::{ClusterId, NodeId, NodeNumber};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::pki::{self, PkiError, Subject};
+use crate::{
+    pki::{self, PkiError, Subject},
+    tls,
+};
 
 /// Why the identity cannot be used.
 #[derive(Debug, Error)]
@@ -53,9 +57,9 @@ pub struct Identity {
     pub cluster: ClusterId,
     /// Its role, as its certificate has it.
     pub role: Role,
-    /// The cluster's root certificate, PEM.
+    /// The cluster's root certificate, PEM; the next one too while that takes its place.
     pub ca_pem: String,
-    /// Its certificate, PEM.
+    /// Its certificate, PEM, with the one of its issuer if that is no root to everybody yet.
     pub cert_pem: String,
     /// Its key, PEM (PKCS #8).
     pub key_pem: Zeroizing<String>,
@@ -169,7 +173,7 @@ impl Identity {
     fn check(&self) -> Result<(), String> {
         let text = |e: PkiError| e.to_string();
         let cert = pki::parse_pem(&self.cert_pem).map_err(text)?;
-        pki::parse_pem(&self.ca_pem).map_err(text)?;
+        pki::parse_pems(&self.ca_pem).map_err(text)?;
         let subject = pki::subject(&cert).map_err(text)?;
         let expected = Subject { node: self.node, role: self.role, cluster: self.cluster };
         if subject != expected {
@@ -237,6 +241,15 @@ impl Identity {
             pki::renew_at(&cert, f64::from(random) / 255.0)
         });
         due.is_ok_and(|due| now >= due)
+    }
+
+    /// The roots that it trusts, and the one of them that signed its certificate.
+    #[must_use]
+    pub fn roots(&self) -> (BTreeSet<RootId>, Option<RootId>) {
+        let roots = pki::parse_pems(&self.ca_pem).unwrap_or_default();
+        let leaf = pki::parse_pem(&self.cert_pem);
+        let issuer = leaf.ok().and_then(|leaf| tls::issuer(&leaf, &roots));
+        (roots.iter().map(|root| pki::digest(root)).collect(), issuer)
     }
 
     /// Whether the certificate ran out.

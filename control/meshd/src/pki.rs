@@ -3,6 +3,9 @@
 //!
 //! The root's key is in the store (sealed at rest), so every manager can sign. A node makes its key
 //! itself; it proves that it has it in the TLS handshake, and only the public half is signed.
+//!
+//! While another root takes the root's place, certificates come with the new root's key signed by
+//! the old root: a text of PEM may hold several.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -103,15 +106,32 @@ impl Root {
     pub fn generate(cluster: ClusterId, now: SystemTime) -> Result<Self, PkiError> {
         let failed = failed("the cluster");
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(&failed)?;
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, "swarm-ca");
-        params.distinguished_name.push(DnType::OrganizationName, cluster.to_string());
-        valid(&mut params, now, ROOT_LIFE);
-        let cert = params.self_signed(&key).map_err(&failed)?;
+        // One more below it: its successor, while that takes its place.
+        let cert = root_params(cluster, now, 1).self_signed(&key).map_err(&failed)?;
         Ok(Self { cert_pem: cert.pem(), key_pem: Zeroizing::new(key.serialize_pem()) })
+    }
+
+    /// Signs the key of the root that is to take this one's place: who trusts this one alone trusts
+    /// its certificates by that.
+    ///
+    /// # Errors
+    /// [`PkiError::Make`], if one of them is no root.
+    pub fn cross_sign(
+        &self,
+        successor: &Self,
+        cluster: ClusterId,
+        now: SystemTime,
+    ) -> Result<String, PkiError> {
+        let failed = failed("the cluster's next root");
+        let issuer = self.issuer().map_err(&failed)?;
+        let key = KeyPair::from_pem(&successor.key_pem).map_err(&failed)?;
+        let mut params = root_params(cluster, now, 0);
+        params.use_authority_key_identifier_extension = true;
+        Ok(params.signed_by(&key, &issuer).map_err(&failed)?.pem())
+    }
+
+    fn issuer(&self) -> Result<Issuer<'static, KeyPair>, rcgen::Error> {
+        Issuer::from_ca_cert_pem(&self.cert_pem, KeyPair::from_pem(&self.key_pem)?)
     }
 
     /// Signs a node's key. What else the node may have asked for plays no part: names, usages and
@@ -127,8 +147,7 @@ impl Root {
         now: SystemTime,
     ) -> Result<String, PkiError> {
         let failed = failed(&format!("node {}", subject.node));
-        let root_key = KeyPair::from_pem(&self.key_pem).map_err(&failed)?;
-        let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, root_key).map_err(&failed)?;
+        let issuer = self.issuer().map_err(&failed)?;
         let key = SubjectPublicKeyInfo::from_der(&public_key.0).map_err(&failed)?;
         let mut params = node_params(&subject.node.to_string()).map_err(&failed)?;
         params.distinguished_name.push(DnType::OrganizationalUnitName, unit(subject.role));
@@ -145,6 +164,18 @@ impl Root {
     pub fn digest(&self) -> Result<[u8; 32], PkiError> {
         Ok(digest(&parse_pem(&self.cert_pem)?))
     }
+}
+
+/// `below`: authorities that it may sign, one below the other.
+fn root_params(cluster: ClusterId, now: SystemTime, below: u8) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(below));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "swarm-ca");
+    params.distinguished_name.push(DnType::OrganizationName, cluster.to_string());
+    valid(&mut params, now, ROOT_LIFE);
+    params
 }
 
 fn node_params(name: &str) -> Result<CertificateParams, rcgen::Error> {
@@ -245,6 +276,19 @@ pub fn digest(cert: &CertificateDer<'_>) -> [u8; 32] {
 /// [`PkiError::Parse`].
 pub fn parse_pem(pem: &str) -> Result<CertificateDer<'static>, PkiError> {
     CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| PkiError::Parse(e.to_string()))
+}
+
+/// All certificates of a PEM text; one at least.
+///
+/// # Errors
+/// [`PkiError::Parse`].
+pub fn parse_pems(pem: &str) -> Result<Vec<CertificateDer<'static>>, PkiError> {
+    let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    let certs = certs.map_err(|error| PkiError::Parse(error.to_string()))?;
+    if certs.is_empty() {
+        return Err(PkiError::Parse("there is none in the text".into()));
+    }
+    Ok(certs)
 }
 
 fn parse_der<'a>(cert: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, PkiError> {

@@ -6,7 +6,7 @@
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
-use mesh_control::model::Role;
+use mesh_control::model::{Role, RootId};
 use mesh_types::{ClusterId, NodeId};
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
@@ -105,12 +105,38 @@ fn provider() -> Arc<CryptoProvider> {
 
 type Chain = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-/// Leaf first; the root too, for those who have its digest alone.
-fn chain(certs: &[&str], key_pem: &str) -> Result<Chain, TlsError> {
-    let certs = certs.iter().map(|pem| pki::parse_pem(pem)).collect::<Result<_, _>>()?;
+/// Leaf first; the roots too, for those who have the digest of one alone.
+fn chain(pems: &[&str], key_pem: &str) -> Result<Chain, TlsError> {
+    let certs = pems.iter().map(|pem| pki::parse_pems(pem)).collect::<Result<Vec<_>, _>>()?;
+    let certs = certs.into_iter().flatten().collect();
     let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
         .map_err(|e| TlsError::Key(e.to_string()))?;
     Ok((certs, key))
+}
+
+fn store(roots: Vec<CertificateDer<'static>>) -> Result<RootCertStore, Error> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root)?;
+    }
+    Ok(store)
+}
+
+/// Which of these roots signed a certificate itself. Dates play no part.
+pub(crate) fn issuer(
+    leaf: &CertificateDer<'_>,
+    roots: &[CertificateDer<'static>],
+) -> Option<RootId> {
+    let (since, _) = pki::validity(leaf).ok()?;
+    let then = UnixTime::since_unix_epoch(since.duration_since(SystemTime::UNIX_EPOCH).ok()?);
+    let parsed = ParsedCertificate::try_from(leaf).ok()?;
+    let all = provider().signature_verification_algorithms.all;
+    let signed = |root: &&CertificateDer<'static>| {
+        store(vec![(*root).clone()]).is_ok_and(|root| {
+            verify_server_cert_signed_by_trust_anchor(&parsed, &root, &[], then, all).is_ok()
+        })
+    };
+    roots.iter().find(signed).map(|root| pki::digest(root))
 }
 
 /// What a listener needs.
@@ -127,9 +153,7 @@ impl ServerTls {
     /// [`TlsError`] if the identity is unusable.
     pub fn new(identity: &Identity) -> Result<Self, TlsError> {
         let provider = provider();
-        let root = pki::parse_pem(&identity.ca_pem)?;
-        let mut roots = RootCertStore::empty();
-        roots.add(root)?;
+        let roots = store(pki::parse_pems(&identity.ca_pem)?)?;
         let members =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
                 .build()
@@ -232,8 +256,8 @@ pub struct ClientTls {
 
 #[derive(Debug, Clone)]
 enum Trust {
-    /// A member pins its cluster's root.
-    Root(CertificateDer<'static>, ClusterId),
+    /// A member pins its cluster's root, or both while another one takes its place.
+    Roots(Arc<RootCertStore>, ClusterId),
     /// A joiner has the root's digest from its token.
     Digest([u8; 32]),
 }
@@ -245,8 +269,8 @@ impl ClientTls {
     /// [`TlsError`] if the identity is unusable.
     pub fn member(identity: &Identity) -> Result<Self, TlsError> {
         let certs = chain(&[&identity.cert_pem], &identity.key_pem)?;
-        let root = pki::parse_pem(&identity.ca_pem)?;
-        Ok(Self { certs: Arc::new(certs), trust: Trust::Root(root, identity.cluster) })
+        let roots = Arc::new(store(pki::parse_pems(&identity.ca_pem)?)?);
+        Ok(Self { certs: Arc::new(certs), trust: Trust::Roots(roots, identity.cluster) })
     }
 
     /// For a node that wants to join: its new key, and the root's digest of the token.
@@ -309,26 +333,24 @@ impl ServerCertVerifier for ServerVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let root = match &self.trust {
-            Trust::Root(root, _) => root.clone(),
-            Trust::Digest(digest) => rest
-                .iter()
-                .find(|cert| pki::digest(cert) == *digest)
-                .map(|cert| cert.clone().into_owned())
-                .ok_or_else(|| {
+        let roots = match &self.trust {
+            Trust::Roots(roots, _) => Arc::clone(roots),
+            Trust::Digest(digest) => {
+                let pinned = rest.iter().find(|cert| pki::digest(cert) == *digest);
+                let pinned = pinned.ok_or_else(|| {
                     refused(
                         "the manager's cluster is not the one that the join token is for: its root \
                          certificate does not match the token",
                     )
-                })?,
+                })?;
+                Arc::new(store(vec![pinned.clone().into_owned()])?)
+            }
         };
-        let mut roots = RootCertStore::empty();
-        roots.add(root)?;
         let parsed = ParsedCertificate::try_from(leaf)?;
         verify_server_cert_signed_by_trust_anchor(&parsed, &roots, rest, now, self.algorithms.all)?;
         let subject = pki::subject(leaf).map_err(refused)?;
         match &self.trust {
-            Trust::Root(_, cluster) if subject.cluster != *cluster => {
+            Trust::Roots(_, cluster) if subject.cluster != *cluster => {
                 return Err(refused(format!("it is of cluster {}", subject.cluster)));
             }
             _ => {}

@@ -10,6 +10,7 @@ pub mod gossip;
 pub mod heal;
 pub mod join;
 pub mod jumbo;
+pub mod keys;
 pub mod lab;
 pub mod logs;
 pub mod mesh;

@@ -189,7 +189,7 @@ fn task_dir(c: &Cluster, task: &Task) -> PathBuf {
 }
 
 /// A task's network namespace: that of its shim, which outlives every daemon.
-fn netns(c: &Cluster, task: &Task) -> Result<PathBuf> {
+pub(super) fn netns(c: &Cluster, task: &Task) -> Result<PathBuf> {
     let pid = fs::read_to_string(task_dir(c, task).join("shim.pid"))?;
     Ok(format!("/proc/{}/ns/net", pid.trim()).into())
 }

@@ -3,12 +3,15 @@
 use std::net::{Ipv4Addr, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
+use mesh_lab::Lab;
 
-use super::group;
-use crate::cluster::{Cluster, SOON, Task, eventually};
+use super::{group, restart};
+use crate::cluster::{Cluster, SOON, Task, eventually, list, text};
 
 group!("security": a_strangers_tunnel, another_nodes_tunnel, a_false_source_address, a_false_mac,
-    a_tunnel_without_sense, a_task_in_its_nodes_name, no_path_around_the_overlay, drops_are_shown);
+    a_tunnel_without_sense, frames_that_no_task_sends, a_task_in_its_nodes_name,
+    no_path_around_the_overlay, no_path_to_another_network, no_path_to_a_nodes_loopback,
+    what_routers_and_servers_say_is_not_a_tasks_to_say, drops_are_shown);
 
 /// Copies sent of each bad packet.
 const COPIES: u64 = 20;
@@ -156,6 +159,117 @@ fn a_tunnel_without_sense(c: &Cluster) -> Result<()> {
     let mut foreign_vni = good;
     foreign_vni[4..7].copy_from_slice(&[0xff, 0xff, 0xfe]);
     dropped_as(c, &to.node, "tunnel_vni", &to, || inject(c, &sender, node, &foreign_vni))
+}
+
+/// Of the right node and for the right task: with a VLAN tag, or in fragments, a frame is dropped
+/// by its name, and what is good goes on.
+fn frames_that_no_task_sends(c: &Cluster) -> Result<()> {
+    const ETHERTYPE: usize = 8 + 12;
+    const FLAGS: usize = 8 + 14 + 6;
+    let (from, to) = pair(c)?;
+    let node = c.lab.node(&to.node)?.address;
+    let good = genuine(c, &from, &to)?;
+    let mut tagged = good.clone();
+    tagged.splice(ETHERTYPE..ETHERTYPE, [0x81, 0x00, 0x00, 0x05]);
+    let mut fragment = good.clone();
+    fragment[FLAGS] |= 0x20;
+    let mut later = good;
+    later[FLAGS + 1] = 8;
+    let address = address(&to)?;
+    for (counter, frame) in [("ethertype", tagged), ("fragment", fragment), ("fragment", later)] {
+        dropped_as(c, &to.node, counter, &to, || {
+            inject(c, &from.node, node, &frame)?;
+            c.in_task(&from.id, &["ping", "-c1", "-W2", &address])?.ok().map(drop)
+        })
+        .with_context(|| counter.to_owned())?;
+    }
+    Ok(())
+}
+
+/// Neither a task's address nor a VIP of a network that it is not on leads anywhere, by any of its
+/// links; with that network's MACs neither.
+fn no_path_to_another_network(c: &Cluster) -> Result<()> {
+    let (_, to) = pair(c)?;
+    let (target, mac) = (address(&to)?, mac_of(c, &to)?);
+    let service = c.api("GET", "/services/each")?;
+    let vips = list(&service["Endpoint"]["VirtualIPs"]);
+    let vip = vips.iter().filter_map(|vip| text(&vip["Addr"])).next().context("no VIP")?;
+    let vip = vip.split('/').next().unwrap_or_default().to_owned();
+    c.network("other")?;
+    c.service("--name evil --mode global --network other", crate::cluster::WHOAMI)?;
+    let tasks = c.wait_running("evil", 5)?;
+    let evil = tasks.iter().find(|task| task.node == to.node).context("no task there")?;
+    for goal in [&target, &vip] {
+        let ran = c.in_task(&evil.id, &["ping", "-c2", "-i0.1", "-W1", goal])?;
+        ensure!(ran.status != 0, "a task on `other` reaches {goal} on `app`");
+    }
+    // As if it were on the same link.
+    let script = format!(
+        "ip route add {target}/32 dev eth0; ip neigh replace {target} lladdr {mac} nud permanent \
+         dev eth0; ping -c {COPIES} -i 0.02 -W 1 {target}"
+    );
+    dropped_as(c, &evil.node, "no_endpoint", &to, || {
+        let ran = c.in_task(&evil.id, &["sh", "-c", &script])?;
+        ensure!(ran.status != 0, "a task on `other` reaches {target} by its MAC");
+        Ok(())
+    })
+}
+
+/// What listens on a node's 127.0.0.1 trusts those on the node.
+fn no_path_to_a_nodes_loopback(c: &Cluster) -> Result<()> {
+    let (from, _) = pair(c)?;
+    let node = from.node.clone();
+    let (listener, port) = c.lab.inside(&node, || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        let port = listener.local_addr()?.port();
+        // Its own node reaches it.
+        std::net::TcpStream::connect(("127.0.0.1", port))?;
+        Ok((listener, port))
+    })?;
+    listener.accept().context("the node does not reach itself")?;
+    listener.set_nonblocking(true)?;
+    let gateway = c.task_sh(&from.id, "ip route show default | cut -d' ' -f3")?;
+    let script = format!(
+        "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet; \
+         ip route add table 77 127.0.0.1/32 via {gateway} dev gw0; \
+         ip rule add pref 0 to 127.0.0.1 table 77 2>/dev/null; \
+         ip rule add pref 1 lookup local 2>/dev/null; ip rule del pref 0 lookup local; \
+         timeout 2 bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}'; echo $?; \
+         ip rule add pref 0 lookup local; ip rule del to 127.0.0.1 table 77"
+    );
+    let said = c.task_sh(&from.id, &script)?;
+    ensure!(said.trim() != "0", "a task connects to 127.0.0.1:{port} of {node}");
+    let reached = listener.accept();
+    ensure!(reached.is_err(), "a task reached 127.0.0.1:{port} of {node}: {reached:?}");
+    Ok(())
+}
+
+/// Offers of a DHCP server reach no other task, nor does what is sent to all nodes of a link by
+/// IPv6, as router advertisements are.
+fn what_routers_and_servers_say_is_not_a_tasks_to_say(c: &Cluster) -> Result<()> {
+    let (from, to) = pair(c)?;
+    let own: Ipv4Addr = address(&from)?.parse()?;
+    let all = Ipv4Addr::from_bits(own.to_bits() | 0xff);
+    let netns = restart::netns(c, &from)?;
+    dropped_as(c, &from.node, "multicast", &to, || {
+        Lab::inside_netns(&netns, || {
+            let server = UdpSocket::bind((own, 67))?;
+            server.set_broadcast(true)?;
+            for _ in 0..COPIES {
+                server.send_to(&[2; 300], (all, 68))?;
+            }
+            Ok(())
+        })
+    })?;
+    // The node takes IPv6 from the link again at once, so it is given before each packet.
+    let conf = "/proc/sys/net/ipv6/conf/eth0/disable_ipv6";
+    let script = format!(
+        "for i in $(seq 60); do echo 0 >{conf}; ip -6 addr replace fe80::1/64 dev eth0 nodad; \
+         ping -6 -c 1 -W 0.02 ff02::1%eth0; done; echo 1 >{conf}"
+    );
+    dropped_as(c, &from.node, "multicast", &to, || {
+        c.in_task(&from.id, &["bash", "-c", &script]).map(drop)
+    })
 }
 
 /// What a task sends to another node is masqueraded as its own node: frames that it forges would

@@ -7,7 +7,7 @@ use mesh_types::{EndpointId, NodeNumber, Revision, Vni, spec::NetworkSpec};
 use super::{At, Store, nodes::node_of};
 use crate::{
     command::{InitCluster, Outcome, Rejection},
-    model::{Cluster, ClusterSpec, Role},
+    model::{Cluster, ClusterSpec, GossipKeys, Role},
 };
 
 impl Store {
@@ -32,7 +32,12 @@ impl Store {
             ca_key_pem: init.ca_key_pem.clone(),
             worker_secret: init.worker_secret,
             manager_secret: init.manager_secret,
+            ca_id: None,
+            ca_rotation: None,
+            ca_forced: 0,
             gossip_key: init.gossip_key,
+            gossip_epoch: GossipKeys::first(),
+            gossip_next: None,
             next_endpoint: EndpointId::MIN,
             next_node: NodeNumber::MIN,
             next_vni: Vni::MIN,

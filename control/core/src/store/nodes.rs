@@ -36,6 +36,21 @@ impl Store {
         if self.nodes.contains_key(&new.id) {
             return Err(Rejection::Exists(format!("node {} already exists", new.id)));
         }
+        // Frames are taken from a node by the address where its tunnels end: whoever holds a token
+        // must not say that it is another one's, which is there.
+        let taken = |node: &&Node| {
+            node.status.state == NodeState::Ready
+                && (node.vtep == new.vtep || node.address.ip() == new.address.ip())
+        };
+        if let Some(other) = self.nodes.values().find(taken) {
+            return Err(Rejection::Precondition(format!(
+                "address {} is that of node {} ({}), which is up: if that is this machine as it \
+                 was before, wait until it is down, or remove it",
+                new.address.ip(),
+                other.name(),
+                other.id
+            )));
+        }
         let number = self.lease_number()?;
         self.nodes.insert(new.id, node_of(at, new, number));
         Ok(Outcome::Node(number))

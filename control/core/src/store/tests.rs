@@ -418,3 +418,25 @@ fn the_operator_changes_a_node() {
     let again = Command::UpdateNode { id: node_id(2), version: Revision::MIN, spec };
     assert_eq!(bench.apply(again), Err(Rejection::OutOfSequence));
 }
+
+/// Whoever may join must not do so in the name of one that is there.
+#[test]
+fn an_address_is_one_nodes() {
+    let mut bench = Bench::with_nodes(2);
+    let mut same = |change: &dyn Fn(&mut crate::command::NewNode)| {
+        let mut new = new_node(9, Role::Worker);
+        change(&mut new);
+        bench.apply(Command::AddNode(Box::new(new)))
+    };
+    let address = std::net::IpAddr::from([192, 0, 2, 2]);
+    for refused in
+        [same(&|new| new.vtep = address), same(&|new| new.address = (address, 7000).into())]
+    {
+        assert!(matches!(refused, Err(Rejection::Precondition(why)) if why.contains("192.0.2")));
+    }
+    // The machine itself, once its old self is known to be gone.
+    bench.node_state(2, NodeState::Down);
+    let mut new = new_node(9, Role::Worker);
+    new.vtep = address;
+    bench.apply(Command::AddNode(Box::new(new))).unwrap();
+}

@@ -35,6 +35,9 @@ pub trait Backend: Send + Sync + 'static {
     /// [`ApiError::no_leader`]: without a majority nobody knows what the others acknowledged.
     async fn catch_up(&self) -> Result<(), ApiError>;
 
+    /// Begins to replace the root certificate; `forced`: how often that was asked for by now.
+    async fn rotate_ca(&self, forced: u64) -> Result<(), ApiError>;
+
     /// Shows the store, as this node has it, to `f`, called at most once.
     ///
     /// # Errors

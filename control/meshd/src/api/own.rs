@@ -11,7 +11,7 @@ use axum::{
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use mesh_api::{self as api, Frame, FrameKind};
-use mesh_control::model::Role;
+use mesh_control::{command::Command, model::Role};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
@@ -67,12 +67,21 @@ pub(super) async fn status(State(backend): State<Shared>) -> Result<Json<api::St
         };
         let leads = nodes.iter().find(|node| Some(node.number) == leader);
         let leader = leads.map(|node| node.id.to_string()).unwrap_or_default();
-        (store.revision.get(), leader, nodes.iter().map(of).collect())
+        let gossip_key = store.cluster.as_ref().map(|cluster| {
+            let keys = cluster.gossip_keys();
+            api::GossipKey { epoch: keys.epoch.get(), rotating: keys.next.is_some() }
+        });
+        let nodes = nodes.iter().map(of).collect();
+        api::Status {
+            revision: store.revision.get(),
+            leader_id: leader,
+            nodes,
+            gossip_key: gossip_key.unwrap_or_default(),
+            ..status.clone()
+        }
     });
     match seen {
-        Ok((revision, leader, nodes)) => {
-            Ok(Json(api::Status { revision, leader_id: leader, nodes, ..status }))
-        }
+        Ok(seen) => Ok(Json(seen)),
         Err(err) => Ok(Json(api::Status { error: err.message, ..status })),
     }
 }
@@ -95,6 +104,15 @@ pub(super) async fn stats(
             .map(|c| api::Counter { name: c.name, value: c.value, drop: c.is_drop })
             .collect(),
     }))
+}
+
+/// `POST /mesh/gossip-key/rotate`: begins; `GET /mesh/status` tells how far it is.
+pub(super) async fn rotate_gossip_key(State(backend): State<Shared>) -> Result<(), ApiError> {
+    let mut key = [0; 32];
+    let (first, second) = key.split_at_mut(16);
+    first.copy_from_slice(&backend.fresh_id().to_be_bytes());
+    second.copy_from_slice(&backend.fresh_id().to_be_bytes());
+    backend.propose(Command::RotateGossipKey { key }).await.map(drop)
 }
 
 /// `POST /mesh/task/{id}/exec`: an upgraded connection that carries [`Frame`]s.

@@ -102,6 +102,7 @@ fn table() -> Vec<Row> {
         row(GET, "/mesh/status", (Nothing, 0), own::status),
         row(GET, "/mesh/node/stats", (Nothing, 0), own::stats),
         row(POST, "/mesh/task/{id}/exec", (Manager, JSON), own::exec),
+        row(POST, "/mesh/gossip-key/rotate", (Manager, 0), own::rotate_gossip_key),
     ]
 }
 

@@ -52,11 +52,12 @@ pub(super) async fn update(
         ));
     }
     let sent: api::ClusterSpec = body.parse()?;
-    let (current, spec) = read(&backend, |store| {
+    let (current, spec, forced) = read(&backend, |store| {
         let cluster = store.cluster.as_ref();
-        cluster.map(|cluster| (cluster.meta.version, cluster.spec.clone()))
+        cluster.map(|cluster| (cluster.meta.version, cluster.spec.clone(), cluster.ca_forced))
     })?
     .ok_or_else(ApiError::no_leader)?;
+    let rotate_ca = Some(sent.ca_config.force_rotate).filter(|wanted| *wanted > forced);
     if current.get() != version {
         return Err(mesh_control::command::Rejection::OutOfSequence.into());
     }
@@ -67,6 +68,9 @@ pub(super) async fn update(
             let spec = Box::new(new);
             backend.propose(Command::UpdateCluster { version: current, spec }).await?;
         }
+    }
+    if let Some(wanted) = rotate_ca {
+        backend.rotate_ca(wanted).await?;
     }
     for (flag, role) in [("rotateWorkerToken", Role::Worker), ("rotateManagerToken", Role::Manager)]
     {

@@ -23,10 +23,10 @@ use super::{
     manager::Manager,
 };
 use crate::{
-    pki::{self, Root, Subject},
+    pki::{self, PublicKey, Root, Subject},
     rpc::{
         Joiner, RpcError, RpcErrorKind,
-        messages::{JoinRequest, JoinResponse},
+        messages::{ClusterKeys, JoinRequest, JoinResponse},
         server::source,
     },
 };
@@ -66,6 +66,26 @@ fn judge(token: &str, cluster: &Cluster) -> Result<Role, Wrong> {
         (_, false) => Err("its root is another one: it is of another cluster, or out of date"),
         (Err(_), true) => Err("its secret is none of this cluster, or was rotated"),
     }
+}
+
+/// A node's certificate, signed by the root that signs now. While it takes another one's place, its
+/// own comes along, signed by that one.
+pub(super) fn sign(
+    cluster: &Cluster,
+    node: NodeId,
+    role: Role,
+    key: &PublicKey,
+) -> Result<String, RpcError> {
+    let (cert, key_pem, cross) = match &cluster.ca_rotation {
+        Some(next) => (&next.cert_pem, &next.key_pem, next.cross_pem.as_str()),
+        None => (&cluster.ca_cert_pem, &cluster.ca_key_pem, ""),
+    };
+    let root = Root { cert_pem: cert.clone(), key_pem: key_pem.clone().into() };
+    let subject = Subject { node, role, cluster: cluster.id };
+    let life = Duration::from_secs(cluster.spec.certificate_secs);
+    let signed = root.sign(subject, key, life, SystemTime::now());
+    let leaf = signed.map_err(|error| RpcError::new(RpcErrorKind::Internal, error))?;
+    Ok(leaf + cross)
 }
 
 impl Door {
@@ -137,20 +157,14 @@ impl Door {
         request: JoinRequest,
     ) -> Result<JoinResponse, RpcError> {
         let (cluster, role) = self.judge(manager, from.remote, &request.token).await?;
+        let invalid = |why| RpcError::new(RpcErrorKind::Invalid, why);
+        request.description.check().map_err(invalid)?;
         let node = NodeId::from_bits(rand::random());
         let address = match request.address.ip() {
             ip if ip.is_unspecified() => SocketAddr::new(from.remote.ip(), request.address.port()),
             _ => request.address,
         };
-        let subject = Subject { node, role, cluster: cluster.id };
-        let internal = |error: pki::PkiError| RpcError::new(RpcErrorKind::Internal, error);
-        let root = Root {
-            cert_pem: cluster.ca_cert_pem.clone(),
-            key_pem: cluster.ca_key_pem.clone().into(),
-        };
-        let life = Duration::from_secs(cluster.spec.certificate_secs);
-        let cert_pem =
-            root.sign(subject, &from.public_key, life, SystemTime::now()).map_err(internal)?;
+        let cert_pem = sign(&cluster, node, role, &from.public_key)?;
         let new = NewNode {
             id: node,
             spec: NodeSpec { role, availability: request.availability, ..NodeSpec::default() },
@@ -168,9 +182,9 @@ impl Door {
             number,
             role,
             cert_pem,
+            keys: ClusterKeys::of(&cluster),
             ca_pem: cluster.ca_cert_pem,
             managers: addresses(manager),
-            gossip_key: cluster.gossip_key,
             address,
             data_path_port: cluster.spec.data_path_port,
         })

@@ -4,13 +4,13 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
 use mesh_control::{
     command::{Command, Outcome},
-    model::Role,
+    model::{CaRotation, Role},
     store::Store,
     token::JoinToken,
 };
@@ -29,7 +29,7 @@ use crate::{
         events::Feed,
     },
     gossip::GOSSIP_PORT,
-    pki,
+    pki::{self, Root},
     rpc::{
         CallError, Route,
         messages::{self, StatsResponse},
@@ -225,6 +225,25 @@ impl Backend for Node {
         }
         manager.raft.read(|store| f(store));
         Ok(())
+    }
+
+    async fn rotate_ca(&self, forced: u64) -> Result<(), ApiError> {
+        let (_, manager) = self.manager()?;
+        let cluster = manager.raft.read(|store| store.cluster.clone());
+        let cluster = cluster.ok_or_else(ApiError::no_leader)?;
+        let (now, internal) =
+            (SystemTime::now(), |e: pki::PkiError| ApiError::internal(e.to_string()));
+        let old = Root { cert_pem: cluster.ca_cert_pem, key_pem: cluster.ca_key_pem.into() };
+        let new = Root::generate(cluster.id, now).map_err(internal)?;
+        let rotation = CaRotation {
+            id: new.digest().map_err(internal)?,
+            cross_pem: old.cross_sign(&new, cluster.id, now).map_err(internal)?,
+            cert_pem: new.cert_pem,
+            key_pem: new.key_pem.to_string(),
+            started_ms: 0,
+        };
+        tracing::info!("another root certificate takes the place of the cluster's");
+        self.propose(Command::RotateCa { forced, rotation: Box::new(rotation) }).await.map(drop)
     }
 
     async fn propose(&self, command: Command) -> Result<Outcome, ApiError> {

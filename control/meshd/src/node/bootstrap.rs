@@ -10,7 +10,7 @@ use std::{
 
 use mesh_control::{
     command::{Command, InitCluster, NewNode},
-    model::{NodeSpec, Role},
+    model::{GossipKeys, NodeSpec, Role},
     token::JoinToken,
 };
 use mesh_raft::Raft;
@@ -78,7 +78,8 @@ pub(crate) async fn init(
         address,
         vtep,
         data_path_port: request.spec.data_path_port,
-        gossip_key: rand::random(),
+        gossip: GossipKeys { key: rand::random(), epoch: GossipKeys::first(), next: None },
+        roots: vec![root.cert_pem.clone()],
         managers: vec![messages::ManagerAddress { node, number: NodeNumber::MIN, address }],
     };
     let first = NewNode {
@@ -99,7 +100,7 @@ pub(crate) async fn init(
         ca_key_pem: root.key_pem.to_string(),
         worker_secret: rand::random(),
         manager_secret: rand::random(),
-        gossip_key: settings.gossip_key,
+        gossip_key: settings.gossip.key,
         ingress: NetworkId::from_bits(rand::random()),
         first,
     }));
@@ -151,7 +152,8 @@ pub(crate) async fn join(
             .map_err(internal)?
             .cluster,
         role: answer.role,
-        ca_pem: answer.ca_pem,
+        // The token's among them: the answer was held against that.
+        ca_pem: answer.keys.roots.concat(),
         cert_pem: answer.cert_pem,
         key_pem,
         data_key: identity::fresh_data_key().map_err(internal)?,
@@ -160,7 +162,8 @@ pub(crate) async fn join(
         address: answer.address,
         vtep: vtep.unwrap_or(answer.address.ip()),
         data_path_port: answer.data_path_port,
-        gossip_key: answer.gossip_key,
+        gossip: answer.keys.gossip,
+        roots: answer.keys.roots,
         managers: answer.managers,
     };
     // Before the identity is kept: a manager that has one and no store has lost it.

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, OnceLock, PoisonError, RwLock},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -12,17 +12,19 @@ use futures::{StreamExt, stream::BoxStream};
 use mesh_control::{
     command::Command,
     model::{Node, Role},
+    store::Store,
 };
 use mesh_raft::{ProposeError, RpcKind};
 use mesh_types::{
-    NodeId, Revision,
+    NodeId, Revision, TaskId,
     record::{NodeRecord, RecordSet, Scope},
+    task::TaskStatus,
 };
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
-    admit::Door,
+    admit::{Door, sign},
     dataplane, exec,
     liveness::HEARTBEAT,
     logs,
@@ -32,14 +34,14 @@ use crate::{
     agent::AgentHandle,
     dns_process::Resolver,
     gossip::{Answers, Unanswered},
-    pki::{self, Root, Subject},
+    pki::{self, Subject},
     rpc::{
         Joiner, Refusals, RpcError, RpcErrorKind, RpcHandler, Standing,
         frames::{FrameReader, FrameWriter},
         messages::{
-            CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
-            LogsOutput, LogsRequest, ManagerAddress, NodeUpdate, RenewRequest, RenewResponse,
-            ReportRequest, ReportResponse, SessionRequest, StatsResponse,
+            ClusterKeys, CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest,
+            JoinResponse, LogsOutput, LogsRequest, ManagerAddress, NodeUpdate, RenewRequest,
+            RenewResponse, ReportRequest, ReportResponse, SessionRequest, StatsResponse,
         },
     },
 };
@@ -48,6 +50,8 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(5);
 /// A session begins once this manager is as far as the leader; longer it does not wait for that.
 const CATCH_UP: Duration = Duration::from_secs(3);
+/// The most that a node may say of a task at once, in bytes.
+const TEXT_MAX: usize = 4096;
 const STARTING: &str = "the node is still starting";
 
 /// What a node answers with. The parts come up one after the other, and the listener must be there
@@ -109,8 +113,13 @@ impl Handler {
         right: impl Fn(&NodeRecord) -> bool,
     ) -> Result<(), RpcError> {
         let records = self.records.get().ok_or_else(|| unavailable(STARTING))?;
-        if records.borrow().nodes.values().any(|node| node.id == caller && right(node)) {
+        let records = records.borrow();
+        if records.nodes.values().any(|node| node.id == caller && right(node)) {
             return Ok(());
+        }
+        if records.nodes.is_empty() {
+            // No manager has told it anything yet.
+            return Err(unavailable(STARTING));
         }
         Err(denied(format!("node {caller} is no {what} that this node knows of")))
     }
@@ -178,6 +187,24 @@ impl Handler {
     }
 }
 
+/// What a node says of its own tasks, and not at any length: each report is kept by every manager.
+fn own(
+    store: &Store,
+    node: NodeId,
+    mut statuses: Vec<(TaskId, TaskStatus)>,
+) -> Vec<(TaskId, TaskStatus)> {
+    let mut seen = BTreeSet::new();
+    statuses.retain(|(task, _)| {
+        store.tasks.get(task).is_some_and(|task| task.node == Some(node)) && seen.insert(*task)
+    });
+    for (_, status) in &mut statuses {
+        for text in [&mut status.message, &mut status.err] {
+            text.truncate(text.floor_char_boundary(TEXT_MAX));
+        }
+    }
+    statuses
+}
+
 /// Waits until this manager knows all that was done before.
 async fn current(manager: &Manager) -> Result<(), RpcError> {
     let barrier = tokio::time::timeout(CATCH_UP, manager.raft.read_barrier()).await;
@@ -230,7 +257,7 @@ impl RpcHandler for Handler {
                 held: request.scopes,
                 assignments: None,
                 managers: Vec::new(),
-                secrets: None,
+                keys: None,
             };
             let mut revisions = manager.raft.watch();
             loop {
@@ -270,8 +297,9 @@ impl RpcHandler for Handler {
             let described = manager.described(from.node, description).await;
             described.map_err(|error| not_proposed(&error))?;
         }
-        if !request.statuses.is_empty() {
-            let command = Command::ReportTasks { node: from.node, statuses: request.statuses };
+        let statuses = manager.raft.read(|store| own(store, from.node, request.statuses));
+        if !statuses.is_empty() {
+            let command = Command::ReportTasks { node: from.node, statuses };
             manager.propose(command).await.map_err(|error| not_proposed(&error))?;
         }
         Ok(ReportResponse { revision: manager.raft.read(|store| store.revision) })
@@ -310,11 +338,7 @@ impl RpcHandler for Handler {
         if role == Role::Worker && request.voter.is_some_and(|voter| !manager.raft.is_out(voter)) {
             return Err(unavailable("the node's vote is still being given back"));
         }
-        let internal = |error| RpcError::new(RpcErrorKind::Internal, error);
-        let root = Root { cert_pem: cluster.ca_cert_pem, key_pem: cluster.ca_key_pem.into() };
-        let subject = Subject { node: from.node, role, cluster: cluster.id };
-        let life = Duration::from_secs(cluster.spec.certificate_secs);
-        let cert_pem = root.sign(subject, &key, life, SystemTime::now()).map_err(internal)?;
+        let cert_pem = sign(&cluster, from.node, role, &key)?;
         tracing::info!(node = %from.node, ?role, "signed a node's new key");
         Ok(RenewResponse { role, voter: node.voter(), cert_pem })
     }
@@ -354,7 +378,7 @@ struct Feed {
     held: BTreeSet<Scope>,
     assignments: Option<Assigned>,
     managers: Vec<ManagerAddress>,
-    secrets: Option<([u8; 32], u16)>,
+    keys: Option<(ClusterKeys, u16)>,
 }
 
 impl Feed {
@@ -380,13 +404,13 @@ impl Feed {
             update.managers = Some(managers.clone());
             self.managers = managers;
         }
-        let secrets = manager.raft.read(|store| {
-            store.cluster.as_ref().map(|cluster| (cluster.gossip_key, cluster.spec.data_path_port))
+        let keys = manager.raft.read(|store| {
+            let cluster = store.cluster.as_ref()?;
+            Some((ClusterKeys::of(cluster), cluster.spec.data_path_port))
         });
-        if self.secrets != secrets {
-            update.gossip_key = secrets.map(|(key, _)| key);
-            update.data_path_port = secrets.map(|(_, port)| port);
-            self.secrets = secrets;
+        if self.keys != keys {
+            (update.keys, update.data_path_port) = keys.clone().unzip();
+            self.keys = keys;
         }
         Some(update)
     }

@@ -229,6 +229,44 @@ async fn everybody_gets_as_far_as_certificate_and_store_say() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_node_says_of_itself_has_an_end() {
+    let bench = Bench::start("words").await;
+    let worker = bench.add(2, Role::Worker).await;
+    let report = async |description: NodeDescription| {
+        let request = ReportRequest { description: Some(description), ..ReportRequest::default() };
+        let at = bench.server.address();
+        let said: Result<ReportResponse, _> =
+            worker.call(at, Expect::Manager, Route::Report, &request, PATIENCE).await;
+        said
+    };
+    let named = |length| NodeDescription { hostname: "a".repeat(length), ..Default::default() };
+    report(named(64)).await.unwrap();
+    let before = bench.manager.raft.read(|store| store.nodes.clone());
+    for description in [
+        named(1 << 20),
+        NodeDescription { os: "a".repeat(300), ..named(1) },
+        NodeDescription {
+            host_routes: (0..20_000u32)
+                .map(|n| ipnetwork::Ipv4Network::from(std::net::Ipv4Addr::from_bits(n)).into())
+                .collect(),
+            ..named(1)
+        },
+    ] {
+        match report(description).await {
+            Err(CallError::Refused(error)) => assert_eq!(error.kind, RpcErrorKind::Invalid),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(bench.manager.raft.read(|store| store.nodes.clone()), before);
+    // Of tasks that are none of its own it has nothing to say.
+    let status = TaskStatus { err: "x".repeat(1 << 16), ..TaskStatus::default() };
+    let statuses = vec![(TaskId::from_bits(1), status)];
+    let kept = bench.manager.raft.read(|store| own(store, NodeId::from_bits(2), statuses));
+    assert_eq!(kept, Vec::new());
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_token_is_wrong_in_one_way_and_not_often() {
     let bench = Bench::start("tokens").await;
     let root = pki::parse_pem(&bench.cluster.root.cert_pem).unwrap();

@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_control::{
-    command::{Command, NodeReport, Outcome, Proposal},
+    command::{Command, NodeReport, Outcome, Proposal, Rejection},
     events::{EventLog, Number},
     leader::{LeaderMemory, decide},
     model::{Node, NodeState, NodeStatus, Role},
@@ -147,6 +147,7 @@ impl Manager {
         if known {
             return Ok(());
         }
+        description.check().map_err(|why| ProposeError::Rejected(Rejection::Invalid(why)))?;
         let report = NodeReport { id: node, status: None, description: Some(description) };
         self.propose(Command::ReportNodes(vec![report])).await.map(drop)
     }

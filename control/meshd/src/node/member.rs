@@ -4,19 +4,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
-use mesh_control::model::{NodeDescription, Role};
+use mesh_control::model::{GossipKeys, NodeDescription, NodeKeys, Role};
 use mesh_dns::snapshot::Policy;
 use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
 use mesh_gossip::{Expected, GossipKey, Keyring, Member as Peer, Timings, probe::Limits};
 use mesh_raft::{Raft, RaftConfig};
-use mesh_types::{Epoch, NodeNumber, record::RecordSet};
+use mesh_types::{NodeNumber, record::RecordSet};
 use tokio::{sync::watch, task::AbortHandle};
 
 use super::{
@@ -57,7 +57,7 @@ const COMPARE_PATIENCE: Duration = Duration::from_secs(10);
 /// A node that is in a cluster.
 pub(crate) struct Member {
     /// Who it is; see [`Member::identity`].
-    pub(super) identity: RwLock<Arc<Identity>>,
+    pub(super) identity: watch::Sender<Arc<Identity>>,
     /// How it is reached and whom it knows.
     pub(crate) settings: watch::Receiver<Arc<Settings>>,
     /// Calls other nodes.
@@ -207,11 +207,16 @@ impl Member {
         let _ = handler.agent.set(agent.clone());
         tasks.spawn(names(watched.clone(), plumbing));
         gossip.update_members(expected(&watched.borrow()));
-        let (description, described) = watch::channel(facts::describe(engine));
-        tasks.spawn(describe(facts::describe(engine), dataplane.clone(), description));
+        let identity = watch::Sender::new(Arc::new(identity));
+        let held = watch::Sender::new(settings.gossip);
+        let keys = Keys { identity: identity.subscribe(), gossip: held.subscribe() };
+        let base = NodeDescription { keys: keys.held(), ..facts::describe(engine) };
+        let (description, described) = watch::channel(base);
+        tasks.spawn(describe(keys, dataplane.clone(), description));
         let (settings, settings_watched) = watch::channel(Arc::new(settings));
         let session = Session {
-            node: identity.node,
+            node: identity.borrow().node,
+            identity: identity.subscribe(),
             options: options.clone(),
             client: client.clone(),
             records,
@@ -223,7 +228,7 @@ impl Member {
         };
         tasks.spawn(session.run());
         let member = Self {
-            identity: RwLock::new(Arc::new(identity)),
+            identity,
             settings: settings_watched,
             client,
             agent,
@@ -241,6 +246,10 @@ impl Member {
         let silent = member.probes.silent.clone();
         member.follow(watched, |shell, records| shell.update_members(expected(records)));
         member.follow(silent, |shell, silent| shell.set_silent(silent.clone()));
+        member.follow(member.settings.clone(), move |shell, settings| {
+            shell.set_keys(keyring(&settings.gossip));
+            held.send_replace(settings.gossip);
+        });
         let member = Arc::new(member);
         tokio::spawn(role::keep(Arc::downgrade(&member), member.settings.clone()));
         Ok(member)
@@ -248,7 +257,7 @@ impl Member {
 
     /// Who it is now: its role and certificate change.
     pub(crate) fn identity(&self) -> Arc<Identity> {
-        Arc::clone(&self.identity.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.identity.borrow())
     }
 
     /// What makes it a manager, if it is one.
@@ -470,10 +479,22 @@ fn start_gossip(identity: &Identity, settings: &Settings, client: RpcClient) -> 
         id: identity.node,
         cluster: identity.cluster,
         address: SocketAddr::new(settings.address.ip(), GOSSIP_PORT),
-        keys: Keyring::new(GossipKey { epoch: Epoch::MIN, secret: settings.gossip_key }),
+        keys: keyring(&settings.gossip),
         timings: Timings::LAN,
     };
     Shell::start(config, Comparer(client)).context("starting gossip on UDP port 7946")
+}
+
+/// All open; the one in use seals.
+fn keyring(keys: &GossipKeys) -> Keyring {
+    let current = GossipKey { epoch: keys.epoch, secret: keys.key };
+    let Some(next) = keys.next else { return Keyring::new(current) };
+    let new = GossipKey { epoch: keys.next_epoch(), secret: next.key };
+    if next.in_use {
+        Keyring { primary: new, others: vec![current] }
+    } else {
+        Keyring { primary: current, others: vec![new] }
+    }
 }
 
 /// Who probes whom.
@@ -530,22 +551,50 @@ async fn names(mut records: watch::Receiver<Arc<RecordSet>>, plumbing: Arc<Plumb
     }
 }
 
-/// Keeps the description true: the host's own addresses and routes come and go.
+/// The cluster's keys, as this node has them.
+struct Keys {
+    identity: watch::Receiver<Arc<Identity>>,
+    gossip: watch::Receiver<GossipKeys>,
+}
+
+impl Keys {
+    fn held(&self) -> NodeKeys {
+        let (trusts, issuer) = self.identity.borrow().roots();
+        let gossip = *self.gossip.borrow();
+        let next = gossip.next.map(|_| gossip.next_epoch());
+        NodeKeys {
+            issuer,
+            trusts,
+            opens: std::iter::once(gossip.epoch).chain(next).collect(),
+            seals: Some(gossip.sealing()),
+        }
+    }
+}
+
+/// Keeps the description true: the host's own addresses and routes come and go, keys are replaced.
 async fn describe(
-    base: NodeDescription,
+    mut keys: Keys,
     dataplane: dataplane::Handle,
     description: watch::Sender<NodeDescription>,
 ) {
     let mut routes = dataplane.host_routes();
     loop {
+        keys.identity.borrow_and_update();
+        keys.gossip.borrow_and_update();
         let host_routes = routes.borrow_and_update().clone();
+        let held = keys.held();
         description.send_if_modified(|current| {
-            let new = NodeDescription { host_routes, ..base.clone() };
+            let new = NodeDescription { host_routes, keys: held, ..current.clone() };
             let changed = *current != new;
             *current = new;
             changed
         });
-        if routes.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = routes.changed() => changed,
+            changed = keys.identity.changed() => changed,
+            changed = keys.gossip.changed() => changed,
+        };
+        if changed.is_err() {
             return;
         }
     }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use mesh_control::model::GossipKeys;
 use mesh_executor::contract::write_atomic;
 use mesh_types::record::RecordSet;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -23,8 +24,12 @@ pub(crate) struct Settings {
     pub(crate) vtep: IpAddr,
     /// VXLAN's UDP port in this cluster.
     pub(crate) data_path_port: u16,
-    /// Seals gossip.
-    pub(crate) gossip_key: [u8; 32],
+    /// Those of gossip.
+    #[serde(flatten)]
+    pub(crate) gossip: GossipKeys,
+    /// The roots that the cluster trusts, PEM, as last heard; the last one signs.
+    #[serde(default)]
+    pub(crate) roots: Vec<String>,
     /// The managers, as last heard.
     pub(crate) managers: Vec<ManagerAddress>,
 }

@@ -6,7 +6,7 @@
 //! gone, so the store's file is removed only when nobody counts on it.
 
 use std::{
-    sync::{Arc, PoisonError, Weak},
+    sync::{Arc, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -108,7 +108,12 @@ impl Member {
             Role::Manager => listed.is_some_and(|me| me.number == identity.voter),
             Role::Worker => listed.is_none(),
         };
-        let stale = identity.renewal_due(SystemTime::now());
+        let identity = self.trust(identity)?;
+        let roots = self.settings.borrow().roots.clone();
+        let signer = roots.last().and_then(|pem| pki::parse_pem(pem).ok());
+        let signer = signer.map(|root| pki::digest(&root));
+        let replaced = signer.is_some() && identity.roots().1 != signer;
+        let stale = replaced || identity.renewal_due(SystemTime::now());
         if managers.is_empty() || (right && !stale) {
             return Ok(());
         }
@@ -152,6 +157,17 @@ impl Member {
         }
     }
 
+    /// Trusts the roots that the managers do, before anything is asked of them.
+    fn trust(&self, identity: Arc<Identity>) -> Result<Arc<Identity>> {
+        let ca_pem = self.settings.borrow().roots.concat();
+        if ca_pem.is_empty() || ca_pem == identity.ca_pem {
+            return Ok(identity);
+        }
+        self.renewed(Identity { ca_pem, ..Identity::clone(&identity) })?;
+        tracing::info!("the roots that this node trusts have changed");
+        Ok(self.identity())
+    }
+
     /// A new certificate of the same role: for connections from now on.
     fn renewed(&self, new: Identity) -> Result<()> {
         new.save(&self.options.state_dir)?;
@@ -165,7 +181,7 @@ impl Member {
         if let Some(parts) = self.parts().as_ref() {
             parts.server.set_tls(server);
         }
-        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        self.identity.send_replace(Arc::new(new));
         Ok(())
     }
 

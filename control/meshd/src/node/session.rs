@@ -5,7 +5,10 @@
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use mesh_control::model::NodeDescription;
+use mesh_control::{
+    limit::{Allowance, Rate},
+    model::NodeDescription,
+};
 use mesh_types::{
     NodeId, NodeNumber, Revision,
     record::{Delta, RecordSet},
@@ -15,10 +18,13 @@ use tokio::sync::watch;
 use super::{clock, liveness::HEARTBEAT, persist};
 use crate::{
     agent::{AgentHandle, StatusFeed},
+    identity::Identity,
     options::Options,
     rpc::{
         CallError, Route, RpcClient, RpcErrorKind,
-        messages::{ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest},
+        messages::{
+            ClusterKeys, ManagerAddress, NodeUpdate, ReportRequest, ReportResponse, SessionRequest,
+        },
     },
     tls::Expect,
 };
@@ -29,6 +35,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Statuses in one report.
 const STATUSES_MAX: usize = 512;
+/// How often it says that it is shut out.
+const TOLD: Rate = Rate { burst: 1, every: Duration::from_secs(60) };
 /// Between rounds over all managers.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
@@ -36,6 +44,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 pub(crate) struct Session {
     /// This node.
     pub(crate) node: NodeId,
+    /// Its certificate, which may be renewed.
+    pub(crate) identity: watch::Receiver<Arc<Identity>>,
     /// For the state directory.
     pub(crate) options: Options,
     /// Calls managers.
@@ -57,17 +67,29 @@ pub(crate) struct Session {
 impl Session {
     /// Runs until aborted.
     pub(crate) async fn run(mut self) {
-        let mut pause = PAUSE.0;
+        let (mut pause, mut told) = (PAUSE.0, Allowance::default());
         loop {
             for manager in self.candidates() {
                 let began = clock::monotonic();
                 let ended = self.with(manager).await;
                 self.agent.set_managed(false);
                 match ended {
-                    Ok(()) => tracing::info!(%manager, "the manager ended the session"),
+                    Ok(()) => tracing::info!(%manager, "the session ended"),
                     Err(error) if is_removed(&error) => self.removed(),
                     Err(error) => {
-                        tracing::debug!(%manager, error = %format!("{error:#}"), "no session")
+                        let error = format!("{error:#}");
+                        if is_of_another_root(&error) && told.take(TOLD, clock::monotonic()) {
+                            tracing::error!(
+                                %manager,
+                                error,
+                                "this node and the managers trust different root certificates: the \
+                                 root was changed while this node was away, and the old one is \
+                                 dropped. Its tasks go on. `node rm` it on a manager, `swarm leave \
+                                 --force` here, and join again"
+                            );
+                        } else {
+                            tracing::debug!(%manager, error, "no session");
+                        }
                     }
                 }
                 if clock::monotonic().saturating_sub(began) > SILENCE {
@@ -109,6 +131,8 @@ impl Session {
                 description: self.description.borrow_and_update().clone(),
             }
         };
+        let mut identity = self.identity.clone();
+        let opened_with = identity.borrow_and_update().cert_pem.clone();
         let mut updates = self.client.session(manager, &request, PATIENCE).await?;
         let mut reporter = Reporter {
             client: self.client.clone(),
@@ -124,9 +148,13 @@ impl Session {
         tracing::info!(%manager, "session");
         let mut decided = clock::monotonic();
         loop {
-            let update = tokio::time::timeout(SILENCE, updates.next())
-                .await
-                .context("the manager is silent")??;
+            let update = tokio::select! {
+                update = tokio::time::timeout(SILENCE, updates.next()) => {
+                    update.context("the manager is silent")??
+                }
+                // The connection would be cut when the certificate that opened it is good no more.
+                () = renewed(&mut identity, &opened_with) => return Ok(()),
+            };
             let Some(update) = update else { return Ok(()) };
             let undecided = update.undecided;
             self.apply(update);
@@ -147,8 +175,7 @@ impl Session {
 
     /// Records first: the agent waits for those of its tasks' networks.
     fn apply(&self, update: NodeUpdate) {
-        let NodeUpdate { delta, assignments, ended, managers, gossip_key, data_path_port, .. } =
-            update;
+        let NodeUpdate { delta, assignments, ended, managers, keys, data_path_port, .. } = update;
         self.apply_records(delta);
         if let Some(assignments) = assignments {
             self.agent.assign(assignments, ended);
@@ -158,7 +185,9 @@ impl Session {
             if let Some(managers) = managers.filter(|managers| !managers.is_empty()) {
                 new.managers = managers;
             }
-            new.gossip_key = gossip_key.unwrap_or(new.gossip_key);
+            if let Some(ClusterKeys { roots, gossip }) = keys {
+                (new.roots, new.gossip) = (roots, gossip);
+            }
             new.data_path_port = data_path_port.unwrap_or(new.data_path_port);
             let changed = new != **settings;
             *settings = Arc::new(new);
@@ -189,12 +218,27 @@ impl Session {
     }
 }
 
+/// Returns once a node has another certificate than this one.
+async fn renewed(identity: &mut watch::Receiver<Arc<Identity>>, cert_pem: &str) {
+    if identity.wait_for(|identity| identity.cert_pem != cert_pem).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// Whether a manager said for good that this node is none of the cluster.
 fn is_removed(error: &anyhow::Error) -> bool {
     matches!(
         error.downcast_ref(),
         Some(CallError::Refused(refusal)) if refusal.kind == RpcErrorKind::NotFound
     )
+}
+
+/// Whether a handshake failed for the root of either side's certificate.
+fn is_of_another_root(error: &str) -> bool {
+    // As rustls shows the alert that it got, or its own verdict. Roots of one cluster have one
+    // name, so mostly it is the signature that does not fit.
+    let words = ["UnknownCA", "UnknownIssuer", "DecryptError", "BadSignature"];
+    words.iter().any(|word| error.contains(word))
 }
 
 /// Keeps something on disk. That waits for the disk, so the runtime's other work moves away from

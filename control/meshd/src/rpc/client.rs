@@ -388,5 +388,8 @@ pub async fn join(
     if pki::digest(&root) != root_digest {
         return Err(broken("the root certificate in the answer is not the token's".into()));
     }
+    if !answer.keys.roots.contains(&answer.ca_pem) {
+        return Err(broken("the answer trusts other roots than the token's".into()));
+    }
     Ok(answer)
 }

@@ -1,6 +1,6 @@
 //! What `cargo xtask fuzz` calls.
 
-use mesh_control::model::NodeDescription;
+use mesh_control::model::{GossipKeys, NodeDescription};
 use mesh_types::{NodeId, Revision, TaskId, task::TaskStatus};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -8,8 +8,8 @@ use super::{
     Route, RpcError, RpcErrorKind,
     frames::Splitter,
     messages::{
-        CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse, LogLine,
-        LogsOutput, LogsRequest, NodeUpdate, RenewRequest, RenewResponse, ReportRequest,
+        ClusterKeys, CounterValue, ExecInput, ExecOutput, ExecRequest, JoinRequest, JoinResponse,
+        LogLine, LogsOutput, LogsRequest, NodeUpdate, RenewRequest, RenewResponse, ReportRequest,
         ReportResponse, SessionRequest, StatsResponse,
     },
 };
@@ -57,7 +57,10 @@ pub fn examples() -> Vec<Vec<u8>> {
     let update = NodeUpdate {
         assignments: Some(Vec::new()),
         ended: [task].into(),
-        gossip_key: Some([1; 32]),
+        keys: Some(ClusterKeys {
+            roots: vec!["PEM".into()],
+            gossip: GossipKeys { key: [1; 32], epoch: GossipKeys::first(), next: None },
+        }),
         data_path_port: Some(4789),
         ..NodeUpdate::default()
     };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use mesh_control::model::{Availability, NodeDescription, Role};
+use mesh_control::model::{Availability, Cluster, GossipKeys, NodeDescription, Role};
 use mesh_types::{
     NodeId, NodeNumber, Revision, TaskId,
     record::{Delta, Scope},
@@ -48,6 +48,24 @@ impl std::fmt::Debug for JoinRequest {
     }
 }
 
+/// The cluster's keys, as every node has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterKeys {
+    /// The roots to trust, PEM. The last one signs certificates: who has one of another asks for a
+    /// new one at once.
+    pub roots: Vec<String>,
+    /// Those of gossip.
+    pub gossip: GossipKeys,
+}
+
+impl ClusterKeys {
+    /// As the store has them.
+    pub(crate) fn of(cluster: &Cluster) -> Self {
+        let roots = cluster.roots().into_iter().map(str::to_owned).collect();
+        Self { roots, gossip: cluster.gossip_keys() }
+    }
+}
+
 /// The answer to a [`JoinRequest`].
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinResponse {
@@ -63,8 +81,8 @@ pub struct JoinResponse {
     pub ca_pem: String,
     /// The managers.
     pub managers: Vec<ManagerAddress>,
-    /// Seals gossip.
-    pub gossip_key: [u8; 32],
+    /// What it trusts, and gossips with.
+    pub keys: ClusterKeys,
     /// The address that it is known under.
     pub address: SocketAddr,
     /// VXLAN's UDP port.
@@ -107,8 +125,9 @@ pub struct NodeUpdate {
     pub ended: BTreeSet<TaskId>,
     /// The managers.
     pub managers: Option<Vec<ManagerAddress>>,
-    /// Seals gossip.
-    pub gossip_key: Option<[u8; 32]>,
+    /// What the node trusts, and gossips with.
+    #[serde(default)]
+    pub keys: Option<ClusterKeys>,
     /// VXLAN's UDP port.
     pub data_path_port: Option<u16>,
     /// The manager knows no leader with a majority behind it: nobody decides anything now.

@@ -94,7 +94,8 @@ impl Route {
         match self {
             Self::Raft(RpcKind::Snapshot) => 256 * MIB,
             Self::Raft(_) => 16 * MIB,
-            Self::Report | Self::AntiEntropy => 16 * MIB,
+            Self::AntiEntropy => mesh_gossip::MAX_SYNC,
+            Self::Report => 4 * MIB,
             Self::Join | Self::Session | Self::Exec | Self::Renew | Self::Logs => MIB,
             Self::Stats | Self::Leave => MIB,
         }

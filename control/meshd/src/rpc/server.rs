@@ -5,6 +5,7 @@
 use std::{
     collections::HashMap,
     convert::Infallible,
+    hash::Hash,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
@@ -22,6 +23,7 @@ use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_control::limit::{Allowance, Rate};
 use mesh_raft::RpcKind;
+use mesh_types::NodeId;
 use rustls_pki_types::CertificateDer;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
@@ -56,6 +58,12 @@ const CONNECTIONS: usize = 4096;
 const STRANGERS: usize = 128;
 /// Of these from one address.
 const STRANGERS_EACH: usize = 32;
+/// Connections at a time of one node: a cluster's nodes hold a few with each other, by what they
+/// expect at the other end, and new ones beside them for a moment.
+const MEMBER: usize = 16;
+/// Of bodies that are read at a time on one connection, in KiB. Those of raft are managers' alone,
+/// and do not wait.
+const BODIES_KIB: u32 = 16 << 10;
 /// Calls at a time on one connection.
 const STREAMS: u32 = 256;
 /// A joiner has all that it needs within this time.
@@ -184,7 +192,46 @@ struct Shared {
     tls: watch::Sender<ServerTls>,
     connections: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
-    strangers_each: Mutex<HashMap<IpAddr, usize>>,
+    strangers_each: Arc<Shares<IpAddr>>,
+    members: Arc<Shares<NodeId>>,
+}
+
+/// How many places each has of those that all may take.
+#[derive(Debug)]
+struct Shares<K>(Mutex<HashMap<K, usize>>);
+
+/// One of them; given back when dropped.
+struct Share<K: Eq + Hash + Copy> {
+    shares: Arc<Shares<K>>,
+    key: K,
+}
+
+impl<K: Eq + Hash + Copy> Shares<K> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::default()))
+    }
+
+    fn take(self: &Arc<Self>, key: K, most: usize) -> Option<Share<K>> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(key).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Share { shares: Arc::clone(self), key })
+    }
+}
+
+impl<K: Eq + Hash + Copy> Drop for Share<K> {
+    fn drop(&mut self) {
+        let mut counts = self.shares.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.key);
+            }
+        }
+    }
 }
 
 impl RpcServer {
@@ -206,7 +253,8 @@ impl RpcServer {
             tls: watch::Sender::new(tls),
             connections: Arc::new(Semaphore::new(CONNECTIONS)),
             strangers: Arc::new(Semaphore::new(STRANGERS)),
-            strangers_each: Mutex::default(),
+            strangers_each: Shares::new(),
+            members: Shares::new(),
         });
         let task = tokio::spawn(accept(listener, Arc::clone(&shared), handler));
         Ok(Self { address, task, shared })
@@ -298,37 +346,17 @@ fn broken(why: impl std::fmt::Display) -> Ended {
 
 /// The place that a connection takes until its other side proved to be a member.
 struct Guest {
-    shared: Arc<Shared>,
-    ip: IpAddr,
     _stranger: OwnedSemaphorePermit,
+    _of_source: Share<IpAddr>,
     connection: Option<OwnedSemaphorePermit>,
 }
 
 impl Guest {
-    fn admit(shared: &Arc<Shared>, ip: IpAddr) -> Option<Self> {
+    fn admit(shared: &Shared, source: IpAddr) -> Option<Self> {
         let connection = Arc::clone(&shared.connections).try_acquire_owned().ok()?;
         let stranger = Arc::clone(&shared.strangers).try_acquire_owned().ok()?;
-        let mut each = shared.strangers_each.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = each.entry(ip).or_default();
-        if *count >= STRANGERS_EACH {
-            return None;
-        }
-        *count += 1;
-        drop(each);
-        let (shared, connection) = (Arc::clone(shared), Some(connection));
-        Some(Self { shared, ip, _stranger: stranger, connection })
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let mut each = self.shared.strangers_each.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = each.get_mut(&self.ip) {
-            *count -= 1;
-            if *count == 0 {
-                each.remove(&self.ip);
-            }
-        }
+        let of_source = shared.strangers_each.take(source, STRANGERS_EACH)?;
+        Some(Self { _stranger: stranger, _of_source: of_source, connection: Some(connection) })
     }
 }
 
@@ -355,17 +383,23 @@ async fn connection(
     let peer = tls.peer(Some(&certs)).map_err(refused)?;
     // A member makes room for other strangers; a joiner keeps the place, and not for long.
     let (_place, patience) = match &peer {
-        Peer::Node(_) => {
+        Peer::Node(subject) => {
+            let share = shared.members.take(subject.node, MEMBER);
+            let share = share.ok_or_else(|| {
+                refused(format!("{peer} has more than {MEMBER} connections already"))
+            })?;
             let connection = guest.connection.take();
             drop(guest);
-            ((None, connection), None)
+            ((None, Some((share, connection))), None)
         }
         Peer::Joiner(_) => ((Some(guest), None), Some(JOINING)),
     };
     let peer = Arc::new(peer);
+    let bodies = Arc::new(Semaphore::new(BODIES_KIB as usize));
     let service = service_fn(move |request| {
         let (peer, handler) = (Arc::clone(&peer), Arc::clone(&handler));
-        async move { Ok::<_, Infallible>(serve(request, &peer, remote, handler).await) }
+        let bodies = Arc::clone(&bodies);
+        async move { Ok::<_, Infallible>(serve(request, &peer, remote, handler, &bodies).await) }
     });
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder
@@ -419,6 +453,7 @@ async fn serve(
     peer: &Peer,
     remote: SocketAddr,
     handler: Arc<dyn RpcHandler>,
+    bodies: &Semaphore,
 ) -> Answer {
     let path = request.uri().path();
     let named = Route::parse(path).filter(|_| request.method() == Method::POST);
@@ -437,9 +472,9 @@ async fn serve(
     let answered = match peer {
         Peer::Joiner(key) => {
             let from = Joiner { public_key: key.clone(), remote };
-            joiner_call(route, from, body, &*handler).await
+            joiner_call(route, from, (body, bodies), &*handler).await
         }
-        Peer::Node(subject) => member_call(route, *subject, body, handler).await,
+        Peer::Node(subject) => member_call(route, *subject, (body, bodies), handler).await,
     };
     answered.unwrap_or_else(|error| {
         tracing::debug!(%peer, %route, %error, "a call failed");
@@ -466,7 +501,7 @@ async fn allowed(
 async fn joiner_call(
     route: Route,
     from: Joiner,
-    body: Incoming,
+    body: Unread<'_>,
     handler: &dyn RpcHandler,
 ) -> Result<Answer, RpcError> {
     let request = message(&read(body, route).await?)?;
@@ -476,7 +511,7 @@ async fn joiner_call(
 async fn member_call(
     route: Route,
     from: Subject,
-    body: Incoming,
+    body: Unread<'_>,
     handler: Arc<dyn RpcHandler>,
 ) -> Result<Answer, RpcError> {
     match route {
@@ -525,7 +560,7 @@ async fn member_call(
             Ok(Response::new(BoxBody::new(body)))
         }
         Route::Exec => {
-            let mut reader = FrameReader::<ExecRequest>::new(body, route.body_limit());
+            let mut reader = FrameReader::<ExecRequest>::new(body.0, route.body_limit());
             let request = timeout(BODY, reader.next()).await;
             let request = request
                 .map_err(|_| invalid("no request came in time"))?
@@ -544,9 +579,21 @@ fn invalid(why: impl std::fmt::Display) -> RpcError {
     RpcError::new(RpcErrorKind::Invalid, why)
 }
 
-async fn read(body: Incoming, route: Route) -> Result<Bytes, RpcError> {
+/// A body, and what is left for those of its connection.
+type Unread<'a> = (Incoming, &'a Semaphore);
+
+async fn read((body, bodies): Unread<'_>, route: Route) -> Result<Bytes, RpcError> {
     let limit = route.body_limit().min(u32::MAX as usize);
-    let whole = timeout(BODY, Limited::new(body, limit).collect()).await;
+    let room = match route {
+        Route::Raft(_) => 0,
+        _ => u32::try_from(limit >> 10).unwrap_or(u32::MAX).min(BODIES_KIB),
+    };
+    let whole = timeout(BODY, async {
+        // It is never closed.
+        let _room = bodies.acquire_many(room).await;
+        Limited::new(body, limit).collect().await
+    });
+    let whole = whole.await;
     let whole = whole.map_err(|_| invalid(format!("{route}: the body did not come in time")))?;
     Ok(whole.map_err(|e| invalid(format!("{route}: {e}")))?.to_bytes())
 }

@@ -354,6 +354,51 @@ async fn a_connection_ends_with_the_certificate_that_opened_it() {
     assert_eq!(echo.refusals.counters()[1].1, refused + 1);
 }
 
+/// The four stages of a node while a root takes the place of another: it knows of nothing, it
+/// trusts both, it has a certificate of the new one, it has dropped the old one.
+fn stages(old: &Cluster, new: &Cluster, n: u64) -> [Identity; 4] {
+    let cross = old.root.cross_sign(&new.root, old.id, SystemTime::now()).unwrap();
+    let both = format!("{}{}", old.root.cert_pem, new.root.cert_pem);
+    let before = old.node(n, Role::Manager);
+    let told = Identity { ca_pem: both.clone(), ..before.clone() };
+    let mut after = new.node(n, Role::Manager);
+    after.cert_pem.push_str(&cross);
+    let renewed = Identity { ca_pem: both, ..after.clone() };
+    [before, told, renewed, after]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_understand_each_other_while_a_root_takes_anothers_place() {
+    let (old, new) = (Cluster::new(1), Cluster::new(1));
+    let (old_id, new_id) = (old.digest(), new.digest());
+    let key = pki::generate_key().unwrap();
+    for (theirs, server) in stages(&old, &new, 1).iter().enumerate() {
+        let (trusts, issuer) = server.roots();
+        assert_eq!(issuer, Some(if theirs < 2 { old_id } else { new_id }), "{theirs}");
+        assert_eq!(trusts.contains(&old_id), theirs < 3, "{theirs}");
+        assert_eq!(trusts.contains(&new_id), theirs > 0, "{theirs}");
+        let (server, echo) = listen(server).await;
+        for (ours, me) in stages(&old, &new, 2).iter().enumerate() {
+            let answer =
+                raw(&client(me), server.address(), Expect::Manager, Route::AntiEntropy).await;
+            // Once one dropped the old root, a certificate of it is good for nothing there.
+            let apart = ours.max(theirs) == 3 && ours.min(theirs) < 2;
+            assert_eq!(answer.is_ok(), !apart, "{ours} to {theirs}: {answer:?}");
+            assert_eq!(cut(&answer), apart, "{ours} to {theirs}: {answer:?}");
+        }
+        // So are join tokens: they pin a root that the listener has.
+        for (token, root) in [(0, old_id), (3, new_id)] {
+            echo.calls.store(0, Ordering::SeqCst);
+            let request = join_request();
+            let answer = client::join(server.address(), &key, root, &request, PATIENCE).await;
+            assert!(answer.is_err());
+            let told = echo.calls.load(Ordering::SeqCst) == 1;
+            let fits = if token == 0 { theirs < 3 } else { theirs >= 2 };
+            assert_eq!(told, fits, "token {token} to {theirs}: {answer:?}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_what_a_joiner_shows_the_key_alone_is_taken() {
     use rcgen::{CertificateParams, DnType, IsCa, KeyPair, SanType};
@@ -561,6 +606,36 @@ async fn a_silent_connection_is_cut_and_many_leave_room_for_members() {
     let deadline = Instant::now() + PATIENCE;
     while raw(&other, server.address(), Expect::Manager, Route::AntiEntropy).await.is_err() {
         assert!(Instant::now() < deadline, "the flood's places are not given back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// One node, however many certificates it has had, takes no more than its share.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_with_very_many_connections_takes_none_from_the_others() {
+    let cluster = Cluster::new(1);
+    let (server, echo) = listen(&cluster.node(1, Role::Manager)).await;
+    let greedy = cluster.node(2, Role::Worker);
+    let mut held = Vec::new();
+    let refused = loop {
+        let one = client(&greedy);
+        match raw(&one, server.address(), Expect::Manager, Route::AntiEntropy).await {
+            Ok(_) => held.push(one),
+            Err(error) => break error,
+        }
+        assert!(held.len() < 1000, "there is no end");
+    };
+    assert!(cut(&Err(refused)));
+    assert!(held.len() >= 16, "only {}", held.len());
+    assert!(echo.refusals.counters()[1].1 > 0);
+    let other = client(&cluster.node(3, Role::Worker));
+    raw(&other, server.address(), Expect::Manager, Route::AntiEntropy).await.unwrap();
+    // With one given back there is room for one.
+    held.clear();
+    let deadline = Instant::now() + PATIENCE;
+    let again = client(&greedy);
+    while raw(&again, server.address(), Expect::Manager, Route::AntiEntropy).await.is_err() {
+        assert!(Instant::now() < deadline, "its places are not given back");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use mesh_control::{
     command::{Command, InitCluster, NewNode, NodeReport, Outcome, Proposal, TaskChange},
     events::{EventLog, Number},
-    model::{NodeDescription, NodeSpec, NodeState, NodeStatus, Role},
+    model::{CaRotation, NodeDescription, NodeKeys, NodeSpec, NodeState, NodeStatus, Role},
     store::Store,
 };
 use mesh_types::{
@@ -202,6 +202,7 @@ fn description() -> NodeDescription {
         nano_cpus: 2_000_000_000,
         memory_bytes: 1 << 30,
         host_routes: BTreeSet::new(),
+        keys: NodeKeys::default(),
     }
 }
 
@@ -251,6 +252,17 @@ impl Backend for Fake {
         Self::check(&state)?;
         f(&state.store);
         Ok(())
+    }
+
+    async fn rotate_ca(&self, forced: u64) -> Result<(), ApiError> {
+        let rotation = CaRotation {
+            id: [1; 32],
+            cert_pem: "another certificate".into(),
+            key_pem: "another key".into(),
+            cross_pem: "signed by the old one".into(),
+            started_ms: 0,
+        };
+        self.propose(Command::RotateCa { forced, rotation: Box::new(rotation) }).await.map(drop)
     }
 
     async fn propose(&self, command: Command) -> Result<Outcome, ApiError> {

@@ -26,14 +26,21 @@ const HEARTBEAT_NANOS: u64 = HEARTBEAT.as_secs() * NANOS;
 
 /// `GET /swarm`; without tokens as part of `GET /info`.
 pub(crate) fn swarm(cluster: &Cluster, tokens: Option<JoinTokens>) -> api::Swarm {
+    let rotation = cluster.ca_rotation.as_deref();
+    let mut spec = spec(&cluster.spec);
+    spec.ca_config.force_rotate = cluster.ca_forced;
     api::Swarm {
         id: cluster.id.to_string(),
         version: version(&cluster.meta),
         created_at: time(cluster.meta.created_ms),
         updated_at: time(cluster.meta.updated_ms),
-        spec: spec(&cluster.spec),
-        tls_info: tls_info(&cluster.ca_cert_pem),
-        root_rotation_in_progress: false,
+        spec,
+        // What is trusted until all have certificates of the next root, and who signs them.
+        tls_info: tls_info(
+            &cluster.ca_cert_pem,
+            rotation.map_or(&cluster.ca_cert_pem, |next| &next.cert_pem),
+        ),
+        root_rotation_in_progress: rotation.is_some(),
         default_addr_pool: Some(
             cluster.spec.address_pools.iter().map(ToString::to_string).collect(),
         ),
@@ -71,11 +78,11 @@ pub(crate) fn spec(spec: &ClusterSpec) -> api::ClusterSpec {
     }
 }
 
-/// What a certificate says of the root of trust. The store made the certificate itself, so one that
+/// A root of trust, and the root that signs. The store made the certificates itself, so one that
 /// does not parse shows as empty fields.
-pub(crate) fn tls_info(pem: &str) -> TlsInfo {
-    let mut info = TlsInfo { trust_root: pem.to_owned(), ..TlsInfo::default() };
-    let Ok((_, block)) = x509_parser::pem::parse_x509_pem(pem.as_bytes()) else { return info };
+pub(crate) fn tls_info(trusted: &str, issuer: &str) -> TlsInfo {
+    let mut info = TlsInfo { trust_root: trusted.to_owned(), ..TlsInfo::default() };
+    let Ok((_, block)) = x509_parser::pem::parse_x509_pem(issuer.as_bytes()) else { return info };
     let Ok((_, certificate)) = X509Certificate::from_der(&block.contents) else { return info };
     info.cert_issuer_subject = BASE64.encode(certificate.subject().as_raw());
     info.cert_issuer_public_key = BASE64.encode(certificate.public_key().raw);
@@ -92,6 +99,9 @@ pub(crate) fn init(request: api::SwarmInit) -> Result<InitRequest, ApiError> {
     }
     check_listen(&request.listen_addr)?;
     refuse_other_settings(&request.spec)?;
+    if request.spec.ca_config.force_rotate != 0 {
+        return Err(ApiError::not_implemented("ForceRotate in a cluster that is being made"));
+    }
     let mut spec = ClusterSpec { labels: request.spec.labels.clone(), ..ClusterSpec::default() };
     if !request.default_addr_pool.is_empty() {
         spec.address_pools = request
@@ -200,9 +210,8 @@ fn refuse_other_settings(spec: &api::ClusterSpec) -> Result<(), ApiError> {
         ("--autolock (AutoLockManagers)", spec.encryption_config.auto_lock_managers),
         ("--external-ca (ExternalCAs)", !ca.external_cas.is_empty()),
         (
-            "another root certificate (`swarm ca --rotate`, --ca-cert, --ca-key)",
-            ca.force_rotate != 0
-                || !(ca.signing_ca_cert.is_empty() && ca.signing_ca_key.is_empty()),
+            "a root certificate of your own (--ca-cert, --ca-key; `swarm ca --rotate` makes one)",
+            !(ca.signing_ca_cert.is_empty() && ca.signing_ca_key.is_empty()),
         ),
         ("a default log driver (TaskDefaults)", !spec.task_defaults.is_empty()),
     ];
@@ -349,7 +358,7 @@ mod tests {
         for (word, said) in [
             ("--autolock", refused(&|s| s.encryption_config.auto_lock_managers = true)),
             ("--external-ca", refused(&|s| s.ca_config.external_cas = vec![1.into()])),
-            ("swarm ca --rotate", refused(&|s| s.ca_config.force_rotate = 1)),
+            ("--ca-cert", refused(&|s| s.ca_config.signing_ca_cert = "PEM".into())),
             ("--ca-cert", refused(&|s| s.ca_config.signing_ca_cert = "x".into())),
             ("--dispatcher-heartbeat", refused(&|s| s.dispatcher.heartbeat_period = 1)),
             ("--snapshot-interval", refused(&|s| s.raft.snapshot_interval = 1)),

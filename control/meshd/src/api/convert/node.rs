@@ -1,7 +1,7 @@
 //! Nodes.
 
 use mesh_api as api;
-use mesh_control::model::{Cluster, Node, NodeSpec, NodeState, NodeStatus, Role};
+use mesh_control::model::{Cluster, Node, NodeKeys, NodeSpec, NodeState, NodeStatus, Role};
 
 use super::{cluster::availability, time, version};
 use crate::api::{ApiError, backend::Leadership};
@@ -71,8 +71,28 @@ fn description(node: &Node, cluster: Option<&Cluster>) -> api::NodeDescription {
             engine_version: about.engine_version.clone(),
             plugins: vec![plugin],
         },
-        tls_info: cluster.map(|c| super::cluster::tls_info(&c.ca_cert_pem)).unwrap_or_default(),
+        tls_info: cluster.map(|cluster| tls_info(&about.keys, cluster)).unwrap_or_default(),
     }
+}
+
+/// What a node trusts and who signed its certificate, by its own word. One that has said nothing
+/// yet is as the cluster was when it came.
+fn tls_info(keys: &NodeKeys, cluster: &Cluster) -> api::TlsInfo {
+    let current = cluster.ca_cert_pem.as_str();
+    let next = cluster.ca_rotation.as_deref();
+    let issuer = match (keys.issuer, next, cluster.ca_id) {
+        (Some(issuer), Some(next), _) if issuer == next.id => next.cert_pem.as_str(),
+        (Some(issuer), _, Some(known)) if issuer != known => "",
+        _ => current,
+    };
+    let both = next.is_some_and(|next| keys.trusts.contains(&next.id));
+    let trusted = match (both, next, cluster.ca_id) {
+        (true, Some(next), _) => format!("{current}{}", next.cert_pem),
+        // Still the one before, or that one too.
+        (_, _, Some(known)) if keys.trusts.iter().any(|root| *root != known) => String::new(),
+        _ => current.to_owned(),
+    };
+    super::cluster::tls_info(&trusted, issuer)
 }
 
 /// `POST /nodes/{id}/update`.
