@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod config;
 pub mod dns_process;
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -15,4 +16,5 @@ pub mod node;
 pub mod options;
 pub mod pki;
 pub mod rpc;
+pub mod service;
 pub mod tls;

@@ -1,22 +1,12 @@
 //! `meshd`: the daemon, and the small processes that it starts of itself: the resolver, and a shim
 //! for each task.
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fs, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
-use meshd::{api, dns_process::DnsArgs, node::Node, options::Options};
-use tokio::{
-    net::UnixListener,
-    signal::unix::{SignalKind, signal},
-};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
+use meshd::{api, config, dns_process::DnsArgs, node::Node, options::Options, service};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// The node daemon of mesh.
@@ -25,14 +15,21 @@ use tracing_subscriber::EnvFilter;
 #[command(args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
-    helper: Option<Helper>,
+    other: Option<Other>,
+    /// A file that sets what flags and the environment do not; /etc/mesh/meshd.toml if not given,
+    /// which may be missing.
+    #[arg(long, env = "MESH_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     options: Options,
 }
 
-/// Processes that the daemon starts of itself.
+/// Beside the daemon: what looks at its configuration, and processes that it starts of itself.
 #[derive(Debug, Subcommand)]
-enum Helper {
+enum Other {
+    /// Shows and checks the configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// The resolver of this node's tasks.
     #[command(hide = true)]
     Dns(DnsArgs),
@@ -44,24 +41,73 @@ enum Helper {
     },
 }
 
+/// What can be done with a configuration.
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Says what would be in effect, and where each value comes from; exit status 1 if something is
+    /// wrong. Takes the daemon's flags.
+    Check {
+        /// The file; /etc/mesh/meshd.toml if not given, which may be missing.
+        #[arg(env = "MESH_CONFIG")]
+        file: Option<PathBuf>,
+        /// How it is shown.
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+        #[command(flatten)]
+        options: Options,
+    },
+    /// Prints a file of all keys: what they are for, and their defaults.
+    Example,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = match cli.helper {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let result = match cli.other {
         // Forks, so it comes before anything that has threads.
-        Some(Helper::TaskShim { dir }) => mesh_executor::shim::main(&dir).map_err(Into::into),
-        Some(Helper::Dns(args)) => {
+        Some(Other::TaskShim { dir }) => mesh_executor::shim::main(&dir).map_err(Into::into),
+        Some(Other::Dns(args)) => {
             log("info");
             args.run().map_err(Into::into)
         }
-        None => daemon(cli.options),
+        Some(Other::Config(command)) => configuration(&matches, command),
+        None => config::effective(&matches, cli.config.as_deref())
+            .map_err(Into::into)
+            .and_then(|effective| daemon(effective.options)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("meshd: {error:#}");
+            for line in format!("{error:#}").lines() {
+                eprintln!("meshd: {line}");
+            }
             ExitCode::FAILURE
         }
     }
+}
+
+fn configuration(matches: &ArgMatches, command: ConfigCommand) -> Result<()> {
+    match command {
+        ConfigCommand::Example => print!("{}", config::example()),
+        ConfigCommand::Check { file, format, options: _ } => {
+            let given = ["config", "check"].iter().try_fold(matches, |matches, name| {
+                matches.subcommand_matches(name).context("no subcommand")
+            })?;
+            let effective = config::effective(given, file.as_deref())?;
+            service::socket_group(effective.options.socket_group.as_deref())?;
+            match format {
+                Format::Table => print!("{}", config::table(&effective.settings)),
+                Format::Json => println!("{}", serde_json::to_string_pretty(&effective.settings)?),
+            }
+        }
+    }
+    Ok(())
 }
 
 fn log(filter: &str) {
@@ -74,8 +120,6 @@ fn log(filter: &str) {
 }
 
 fn daemon(options: Options) -> Result<()> {
-    EnvFilter::try_new(&options.log)
-        .with_context(|| format!("`{}` is not a log filter", options.log))?;
     log(&options.log);
     anyhow::ensure!(
         nix::unistd::geteuid().is_root(),
@@ -92,11 +136,13 @@ fn daemon(options: Options) -> Result<()> {
 }
 
 async fn serve(options: Options) -> Result<()> {
-    let listener = listen(&options.socket)?;
+    let group = service::socket_group(options.socket_group.as_deref())?;
+    let listener = service::listen(&options.socket, group)?;
     let socket = options.socket.clone();
     let node = Node::start(options).await?;
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    service::notify("READY=1");
     tokio::select! {
         served = api::serve(listener, api::Limits::default(), Arc::clone(&node) as _) => {
             served.context("serving the API")?;
@@ -104,35 +150,9 @@ async fn serve(options: Options) -> Result<()> {
         _ = term.recv() => {}
         _ = int.recv() => {}
     }
+    service::notify("STOPPING=1");
     // Tasks, the resolver, and everything in the kernel go on.
     tracing::info!("stopping; tasks and traffic go on");
     let _ = fs::remove_file(&socket);
     Ok(())
-}
-
-/// A daemon that was killed has its socket until the last of its threads is gone.
-const OLD_DAEMON_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Binds the API's socket, for root and the group of the daemon. A socket that an earlier daemon
-/// left is replaced; one that somebody answers on is not.
-fn listen(path: &Path) -> Result<UnixListener> {
-    let parent = path.parent().context("the socket's path has no directory")?;
-    fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
-    let patient_until = Instant::now() + OLD_DAEMON_PATIENCE;
-    while std::os::unix::net::UnixStream::connect(path).is_ok() {
-        if Instant::now() >= patient_until {
-            anyhow::bail!("another daemon serves {}: stop it first", path.display());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("removing the old {}", path.display()));
-        }
-        _ => {}
-    }
-    let listener =
-        UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
 }

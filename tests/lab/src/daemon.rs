@@ -84,6 +84,8 @@ pub(crate) fn command(
     let mut meshd = Command::new(&record.meshd);
     let path_dir = record.meshctl.parent().map(OsString::from).unwrap_or_default();
     meshd
+        // A configuration of this host's own daemon is no business of a lab's.
+        .args(["--config", "/dev/null"])
         .arg("--state-dir")
         .arg(places.state_dir(&node.name))
         .arg("--socket")
