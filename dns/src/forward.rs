@@ -50,8 +50,10 @@ pub async fn forward(
                 refusal.get_or_insert(reply);
             }
             Ok(Ok((reply, _))) => return Some(reply),
-            Ok(Err(error)) => tracing::debug!(%upstream, %error, "upstream resolver failed"),
-            Err(_) => tracing::debug!(%upstream, "upstream resolver did not answer"),
+            Ok(Err(error)) => {
+                tracing::debug!(address = %upstream, %error, "upstream resolver failed")
+            }
+            Err(_) => tracing::debug!(address = %upstream, "upstream resolver did not answer"),
         }
     }
     refusal

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
             name: "direct",
             topology: FIVE,
             cluster: true,
-            meshd_args: &[],
+            meshd_args: &["--metrics-addr", "0.0.0.0:9323"],
             alone: false,
             groups: &[
                 cases::cluster::GROUP,
@@ -37,6 +37,7 @@ fn main() -> ExitCode {
                 cases::logs::GROUP,
                 cases::cli::GROUP,
                 cases::node::GROUP,
+                cases::metrics::GROUP,
                 cases::network::GROUP,
                 cases::vip::GROUP,
                 cases::mesh::GROUP,
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
             name: "roles",
             topology: FIVE,
             cluster: true,
-            meshd_args: &[],
+            meshd_args: &["--log-format", "json"],
             alone: false,
             groups: &[
                 cases::roles::GROUP,
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
                 cases::swarm::GROUP,
                 cases::resources::GROUP,
                 cases::events::GROUP,
+                cases::logging::GROUP,
             ],
         },
         Plan {

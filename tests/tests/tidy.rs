@@ -252,3 +252,61 @@ fn the_licence_and_the_readme_are_there() {
     }
     assert!(read(".ci/run").contains("cargo xtask test"), ".ci/run is not the README's command");
 }
+
+/// The fields of log lines, one word per thing, so that one search finds all about it: ids
+/// (`node`), numbers of nodes and voters (`number`), where another one is (`address`) and what it
+/// asked for (`route`), what happened and why (`state`, `reason`), what is of this machine.
+const LOG_FIELDS: &[&str] = &[
+    "address", "at", "cluster", "dropped", "error", "event", "group", "healed", "kind", "left_out",
+    "log", "lost", "most", "network", "node", "number", "numbers", "objects", "path", "peer",
+    "place", "reason", "role", "route", "service", "socket", "state", "status", "step", "task",
+    "term", "version",
+];
+
+/// The fields of each log line in a text.
+fn log_fields(text: &str) -> Vec<String> {
+    let mut fields = Vec::new();
+    for level in ["error", "warn", "info", "debug"] {
+        let macro_call = format!("tracing::{level}!(");
+        for (at, _) in text.match_indices(&macro_call) {
+            // Up to the message, which is the first string that stands alone.
+            let arguments = &text[at + macro_call.len()..];
+            let (mut depth, mut argument) = (0, String::new());
+            for c in arguments.chars() {
+                match c {
+                    '(' | '[' | '{' => depth += 1,
+                    ')' | ']' | '}' => depth -= 1,
+                    _ => {}
+                }
+                let ends = depth < 0 || (depth == 0 && c == ',');
+                if !ends {
+                    argument.push(c);
+                    continue;
+                }
+                let name = argument.trim().trim_start_matches(['%', '?']);
+                if name.starts_with('"') || name.is_empty() {
+                    break;
+                }
+                fields.push(name.split(['=', ' ']).next().unwrap_or_default().to_owned());
+                if depth < 0 {
+                    break;
+                }
+                argument.clear();
+            }
+        }
+    }
+    fields
+}
+
+#[test]
+fn log_lines_have_one_word_per_thing() {
+    let call = "tracing::warn!(%task, error = %f(a, \"b\"), ?number, \"said, {x}\")";
+    assert_eq!(log_fields(call), ["task", "error", "number"]);
+    let mut wrong = Vec::new();
+    for path in files(&[".rs"]).into_iter().filter(|path| !shown(path).starts_with("tests/")) {
+        let fields = log_fields(&fs::read_to_string(&path).unwrap());
+        let unknown = fields.into_iter().filter(|field| !LOG_FIELDS.contains(&field.as_str()));
+        wrong.extend(unknown.map(|field| format!("{}: `{field}`", shown(&path))));
+    }
+    assert!(wrong.is_empty(), "fields of log lines that are not listed:\n{}", wrong.join("\n"));
+}

@@ -33,6 +33,8 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+use crate::metrics::list;
+
 /// How soon a resolver that died is followed by another; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// A resolver that dies at once is started again no more often than this.
@@ -250,7 +252,10 @@ impl Supervisor {
                 self.publish.send_replace(None);
                 match ended {
                     Ended::Stopped => return self.reap().await,
-                    Ended::Lost(error) => tracing::warn!(%error, "lost the resolver process"),
+                    Ended::Lost(error) => {
+                        list::DNS_LOST.count(&[]);
+                        tracing::warn!(%error, "lost the resolver process");
+                    }
                 }
                 if since.elapsed() >= GOOD_CONNECTION {
                     (pause, spawn_at) = (PAUSE_MIN, Instant::now());

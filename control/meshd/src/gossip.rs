@@ -25,6 +25,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use crate::metrics::list;
+
 /// The port of the gossip, on every node.
 pub const GOSSIP_PORT: u16 = 7946;
 
@@ -319,9 +321,10 @@ impl Driver {
             let now = self.start.elapsed();
             match input {
                 Input::Datagram(Ok((length, from))) => {
+                    list::GOSSIP_DATAGRAMS.count(&["in"]);
                     if let Err(reason) = self.gossip.handle_datagram(now, &buffer[..length]) {
                         self.compared.dropped.fetch_add(1, Ordering::Relaxed);
-                        tracing::debug!(%from, %reason, "gossip datagram dropped");
+                        tracing::debug!(address = %from, %reason, "gossip datagram dropped");
                     }
                     // Under a flood of datagrams the timers must run all the same.
                     if timer.is_some_and(|due| due <= Instant::now()) {
@@ -369,14 +372,15 @@ impl Driver {
         };
         count.fetch_add(1, Ordering::Relaxed);
         if let Err(reason) = taken {
-            tracing::debug!(node = %peer.number, %reason, "could not compare notes");
+            tracing::debug!(number = %peer.number, %reason, "could not compare notes");
         }
     }
 
     async fn flush(&mut self) {
         while let Some((to, datagram)) = self.gossip.poll_transmit() {
+            list::GOSSIP_DATAGRAMS.count(&["out"]);
             if let Err(error) = self.socket.send_to(&datagram, to).await {
-                tracing::debug!(%to, %error, "gossip send failed");
+                tracing::debug!(address = %to, %error, "gossip send failed");
             }
         }
         while let Some(SyncCall { peer, request }) = self.gossip.poll_sync() {
@@ -391,10 +395,12 @@ impl Driver {
         let mut news = false;
         while let Some(event) = self.gossip.poll_event() {
             news = true;
-            match event {
+            let (name, number) = described(&event);
+            list::GOSSIP_EVENTS.count(&[name]);
+            match number {
+                Some(number) => tracing::info!(%number, event = name, "membership"),
                 // A large cluster's node that dies is spoken of by all who watch it.
-                Event::Hint(hint) => tracing::debug!(?hint, "gossip"),
-                event => tracing::info!(?event, "membership"),
+                None => tracing::debug!(?event, "gossip"),
             }
             // Nobody may be listening.
             let _ = self.events.send(event);
@@ -405,6 +411,17 @@ impl Driver {
         let members: BTreeMap<_, _> =
             self.gossip.members().map(|view| (view.member.number, view)).collect();
         update(&self.publish, members);
+    }
+}
+
+/// The word for an event, and whose membership it is about.
+fn described(event: &Event) -> (&'static str, Option<NodeNumber>) {
+    match event {
+        Event::Up(number) => ("up", Some(*number)),
+        Event::Down(number) => ("down", Some(*number)),
+        Event::Left(number) => ("left", Some(*number)),
+        Event::Restarted(number) => ("restarted", Some(*number)),
+        Event::Hint(_) => ("hint", None),
     }
 }
 

@@ -12,6 +12,8 @@ pub mod dns_process;
 pub(crate) mod fixtures;
 pub mod gossip;
 pub mod identity;
+pub mod log;
+pub mod metrics;
 pub mod node;
 pub mod options;
 pub mod pki;

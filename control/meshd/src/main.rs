@@ -5,9 +5,16 @@ use std::{fs, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
-use meshd::{api, config, dns_process::DnsArgs, node::Node, options::Options, service};
+use meshd::{
+    api, config,
+    dns_process::DnsArgs,
+    log::{self, LogFormat},
+    metrics,
+    node::Node,
+    options::Options,
+    service,
+};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// The node daemon of mesh.
 #[derive(Debug, Parser)]
@@ -27,6 +34,8 @@ struct Cli {
 /// Beside the daemon: what looks at its configuration, and processes that it starts of itself.
 #[derive(Debug, Subcommand)]
 enum Other {
+    /// Prints what metrics there are.
+    Metrics,
     /// Shows and checks the configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -54,7 +63,7 @@ enum ConfigCommand {
         #[arg(long, value_enum, default_value_t = Format::Table)]
         format: Format,
         #[command(flatten)]
-        options: Options,
+        options: Box<Options>,
     },
     /// Prints a file of all keys: what they are for, and their defaults.
     Example,
@@ -73,8 +82,12 @@ fn main() -> ExitCode {
         // Forks, so it comes before anything that has threads.
         Some(Other::TaskShim { dir }) => mesh_executor::shim::main(&dir).map_err(Into::into),
         Some(Other::Dns(args)) => {
-            log("info");
+            log::start("info", LogFormat::Text);
             args.run().map_err(Into::into)
+        }
+        Some(Other::Metrics) => {
+            print!("{}", metrics::table());
+            Ok(())
         }
         Some(Other::Config(command)) => configuration(&matches, command),
         None => config::effective(&matches, cli.config.as_deref())
@@ -110,17 +123,8 @@ fn configuration(matches: &ArgMatches, command: ConfigCommand) -> Result<()> {
     Ok(())
 }
 
-fn log(filter: &str) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
-}
-
 fn daemon(options: Options) -> Result<()> {
-    log(&options.log);
+    log::start(&options.log, options.log_format);
     anyhow::ensure!(
         nix::unistd::geteuid().is_root(),
         "meshd makes namespaces, links and BPF programs: run it as root"
@@ -139,9 +143,17 @@ async fn serve(options: Options) -> Result<()> {
     let group = service::socket_group(options.socket_group.as_deref())?;
     let listener = service::listen(&options.socket, group)?;
     let socket = options.socket.clone();
+    let metrics = match options.metrics_addr {
+        Some(address) => Some(metrics::server::listen(address).await?),
+        None => None,
+    };
     let node = Node::start(options).await?;
+    if let Some(listener) = metrics {
+        tokio::spawn(metrics::server::serve(listener, Arc::clone(&node) as _));
+    }
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    tokio::spawn(log::tell_left_out());
     service::notify("READY=1");
     tokio::select! {
         served = api::serve(listener, api::Limits::default(), Arc::clone(&node) as _) => {

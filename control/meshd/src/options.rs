@@ -2,12 +2,14 @@
 //! and a key of the configuration file ([`crate::config`]); those for tests are flags alone.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use clap::{ArgAction, Args, builder::BoolishValueParser};
 use tracing_subscriber::EnvFilter;
+
+use crate::log::LogFormat;
 
 /// Options of the daemon.
 #[derive(Debug, Clone, Args)]
@@ -101,6 +103,10 @@ pub struct Options {
         value_name = "N"
     )]
     pub dns_rate_limit: u32,
+    /// Serve metrics for Prometheus at this address too (`/metrics`), to whoever reaches it. On the
+    /// API's socket they are in any case.
+    #[arg(long, env = "MESH_METRICS_ADDR", value_name = "IP:PORT")]
+    pub metrics_addr: Option<SocketAddr>,
     /// For tests of slow nodes: the kernel hears of every change this many milliseconds late.
     #[arg(long, hide = true, default_value_t = 0, value_name = "MS")]
     pub fault_apply_late: u64,
@@ -116,6 +122,15 @@ pub struct Options {
         value_name = "FILTER"
     )]
     pub log: String,
+    /// How the lines of the log look: for people, or one JSON object each.
+    #[arg(
+        long,
+        env = "MESH_LOG_FORMAT",
+        default_value = "text",
+        value_enum,
+        value_name = "FORMAT"
+    )]
+    pub log_format: LogFormat,
 }
 
 /// The longest path of a unix socket (`sun_path` of unix(7), with its NUL).

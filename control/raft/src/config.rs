@@ -26,6 +26,22 @@ pub struct RaftConfig {
     pub snapshot_entries: u64,
     /// Or after this many bytes of log; 16 MiB by default.
     pub snapshot_bytes: u64,
+    /// Told how long things took; by default nobody is.
+    pub observe: Observe,
+}
+
+/// Told how long something took. It is called where that is done: it must be quick.
+pub type Observe = fn(Timed, Duration);
+
+/// What takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timed {
+    /// A write by this node as the leader, until a majority has it and it is applied here.
+    Write,
+    /// One entry's change of the store in memory.
+    Apply,
+    /// A snapshot, made and on the disk.
+    Snapshot,
 }
 
 impl RaftConfig {
@@ -41,6 +57,7 @@ impl RaftConfig {
             timers: Timers::default(),
             snapshot_entries: SNAPSHOT_ENTRIES,
             snapshot_bytes: 16 << 20,
+            observe: |_, _| {},
         }
     }
 }

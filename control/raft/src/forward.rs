@@ -17,6 +17,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout};
 
 use crate::{
+    config::Timed,
     handle::{Core, Inner},
     network::{RpcKind, call},
     types::{Answer, Member, Types, Write},
@@ -181,7 +182,7 @@ impl Inner {
                     let called = call(&*self.transport, (id, member), kind, request, left);
                     tokio::select! {
                         answer = called => answer.unwrap_or_else(|error| {
-                            tracing::debug!(%kind, leader = id, %error, "forwarding failed");
+                            tracing::debug!(%kind, number = id, %error, "forwarding failed");
                             Verdict::Again
                         }),
                         // The leader that was asked may be gone: ask its successor.
@@ -212,7 +213,10 @@ impl Inner {
 
     /// A write by this node as the leader.
     pub(crate) async fn write_here(&self, write: Write, patience: Duration) -> Verdict<Answer> {
-        match timeout(patience, self.core.client_write(write)).await {
+        let began = Instant::now();
+        let written = timeout(patience, self.core.client_write(write)).await;
+        (self.config.observe)(Timed::Write, began.elapsed());
+        match written {
             Ok(Ok(done)) => match done.data.0 {
                 Some(answer) => Verdict::Done(answer),
                 None => stopped("a write was answered as raft's own entry"),

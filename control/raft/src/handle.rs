@@ -25,7 +25,7 @@ use crate::{
     forward::{
         Applied, GaveUp, ProposeError, ReadError, Refusal, Verdict, VoterChange, VoterError,
     },
-    leadership::{LastHeard, Leadership, judge},
+    leadership::{LastHeard, Leadership, Progress, judge},
     log::LogStore,
     machine::{Machine, Shared},
     network::{Envelope, Network, RpcKind, SnapshotRequest, Transport},
@@ -134,11 +134,12 @@ impl Raft {
     ) -> Result<Self, StartError> {
         let core_config = config::openraft(&config).map_err(Box::new)?;
         let (dir, key, resume) = (config.dir.clone(), config.data_key, config.resume);
+        let observe = config.observe;
         let place = dir.display().to_string();
         let opened = tokio::task::spawn_blocking(move || {
             let open = if resume { Disk::resume } else { Disk::open };
             let disk = Arc::new(open(&dir, &key)?);
-            let machine = Machine::load(Arc::clone(&disk))
+            let machine = Machine::load(Arc::clone(&disk), observe)
                 .map_err(|source| StartError::Snapshot { path: dir, source })?;
             Ok::<_, StartError>((disk, machine))
         });
@@ -390,6 +391,12 @@ impl Raft {
         self.0.leadership.clone()
     }
 
+    /// How far the log is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        Progress::of(&self.0.core.metrics().borrow_watched())
+    }
+
     /// Makes a node a voter: it catches up as a learner first, so it must be running and serving.
     /// It is one already: nothing happens. Works on any manager.
     ///
@@ -458,7 +465,7 @@ impl Raft {
             metrics.membership_config.voter_ids().filter(|id| may(id)).max_by_key(far)
         };
         let next = next.ok_or(VoterError::NoLeader)?;
-        tracing::info!(next, "handing the leadership over");
+        tracing::info!(number = next, "handing the leadership over");
         let asked = core.trigger().transfer_leader(next).await;
         asked.map_err(|error| VoterError::Stopped(error.to_string()))?;
         let mut metrics = core.metrics();

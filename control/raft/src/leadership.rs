@@ -10,7 +10,7 @@ use std::{
 use mesh_types::NodeNumber;
 use openraft::{Instant as _, RaftMetrics, ServerState};
 
-use crate::types::Types;
+use crate::types::{LogId, Types};
 
 /// Who leads, as this node sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -31,6 +31,34 @@ pub struct Leadership {
     pub has_quorum: bool,
     /// Voters that answered the leader lately, as the leader sees it; empty on followers.
     pub reachable: BTreeSet<NodeNumber>,
+}
+
+/// How far the log is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// The last entry here.
+    pub last: u64,
+    /// The last one that is in the store.
+    pub applied: u64,
+    /// The last one that is in the snapshot.
+    pub snapshot: u64,
+    /// On the leader: the last one that each other manager is known to have.
+    pub others: BTreeMap<NodeNumber, u64>,
+}
+
+impl Progress {
+    pub(crate) fn of(metrics: &RaftMetrics<Types>) -> Self {
+        let index = |id: &Option<LogId>| id.as_ref().map_or(0, |id| id.index);
+        let others = metrics.replication.iter().flatten().filter(|(id, _)| **id != metrics.id);
+        Self {
+            last: metrics.last_log_index.unwrap_or_default(),
+            applied: index(&metrics.last_applied),
+            snapshot: index(&metrics.snapshot),
+            others: others
+                .filter_map(|(id, known)| Some((NodeNumber::new(*id).ok()?, index(known))))
+                .collect(),
+        }
+    }
 }
 
 /// When a leader was last heard of.

@@ -24,11 +24,11 @@ mod seal;
 mod segment;
 mod types;
 
-pub use config::{RaftConfig, SNAPSHOT_ENTRIES, Timers};
+pub use config::{Observe, RaftConfig, SNAPSHOT_ENTRIES, Timed, Timers};
 pub use disk::DiskError;
 pub use forward::{Applied, NO_LEADER, ProposeError, ReadError, VoterError};
 pub use handle::{BootstrapError, Raft, ServeError, StartError};
-pub use leadership::Leadership;
+pub use leadership::{Leadership, Progress};
 pub use network::{RpcKind, Transport, TransportError, UnknownKind};
 pub use seal::SealError;
 pub use types::CodecError;

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     io,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::Instant,
 };
 
 use futures::{Stream, TryStreamExt};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::{
+    config::{Observe, Timed},
     disk::{Disk, StoredSnapshot, blocking, log_id},
     types::{
         Answer, Entry, LogId, Membership, Reply, Snapshot, SnapshotMeta, Types, WriteId, decode,
@@ -132,18 +134,19 @@ impl Image {
 pub(crate) struct Machine {
     shared: Arc<Shared>,
     disk: Arc<Disk>,
+    observe: Observe,
 }
 
 impl Machine {
     /// Starts from the last snapshot; openraft applies the log behind it again.
-    pub(crate) fn load(disk: Arc<Disk>) -> Result<Self, io::Error> {
+    pub(crate) fn load(disk: Arc<Disk>, observe: Observe) -> Result<Self, io::Error> {
         let state = match disk.snapshot()? {
             Some(stored) => restore(&stored.meta, &stored.data)?,
             None => State::default(),
         };
         let revision = watch::Sender::new(state.image.store.revision);
         let shared = Arc::new(Shared { state: RwLock::new(state), revision });
-        Ok(Self { shared, disk })
+        Ok(Self { shared, disk, observe })
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
@@ -167,6 +170,7 @@ impl RaftSnapshotBuilder<Types> for Machine {
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let shared = self.shared();
+        let began = Instant::now();
         let stored = blocking(&self.disk, move |disk| {
             let (meta, encoded) = {
                 let state = shared.state();
@@ -182,6 +186,7 @@ impl RaftSnapshotBuilder<Types> for Machine {
             Ok(stored)
         })
         .await?;
+        (self.observe)(Timed::Snapshot, began.elapsed());
         Ok(Snapshot { meta: stored.meta, snapshot: stored.data })
     }
 }
@@ -200,7 +205,9 @@ impl RaftStateMachine<Types> for Machine {
         Strm: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + Send,
     {
         while let Some((entry, responder)) = entries.try_next().await? {
+            let began = Instant::now();
             let reply = self.shared.state_mut().apply(entry);
+            (self.observe)(Timed::Apply, began.elapsed());
             // First the readers here, then the proposer: it may look at once.
             self.shared.announce();
             if let Some(responder) = responder {

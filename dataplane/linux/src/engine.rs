@@ -142,6 +142,10 @@ pub struct Engine {
     healed: u64,
     /// Where the flow collector goes on.
     flow_cursor: Option<Vec<u8>>,
+    /// Entries that it left there since it began anew.
+    flows_seen: u64,
+    /// Those of its last whole walk.
+    flows: u64,
 }
 
 /// Entries that the flow collector looks at in one call.
@@ -187,6 +191,8 @@ impl Engine {
             last: None,
             healed: 0,
             flow_cursor: None,
+            flows_seen: 0,
+            flows: 0,
         })
     }
 
@@ -496,6 +502,13 @@ impl Engine {
         self.bpf.test_run(hook, ifindex, frame)
     }
 
+    /// How many entries the flow table has, as the collector's last whole walk found it, and how
+    /// many it has room for.
+    #[must_use]
+    pub fn flows(&self) -> (u64, u64) {
+        (self.flows, self.bpf.flow_capacity.into())
+    }
+
     /// Collects flows that ended: a slice of the table in each call, so that a call every second
     /// costs little. Returns how many entries it removed. `now_ns` is CLOCK_MONOTONIC.
     pub fn collect_flows(&mut self, now_ns: u64) -> usize {
@@ -505,6 +518,13 @@ impl Engine {
         for _ in 0..steps {
             let Ok(next) = table.next(self.flow_cursor.as_deref()) else { break };
             let previous = std::mem::replace(&mut self.flow_cursor, next);
+            if previous.is_none() {
+                self.flows_seen = 0;
+            }
+            if self.flow_cursor.is_none() {
+                // Of the entry before the end nothing more will be said than that it was there.
+                self.flows = self.flows_seen + u64::from(previous.is_some());
+            }
             // The entry before the cursor is judged: once removed it cannot lead on.
             let Some(key) = previous.as_deref().and_then(codec::flow_key) else {
                 if self.flow_cursor.is_none() {
@@ -519,10 +539,16 @@ impl Engine {
             let Some(value) = read(&key) else { continue };
             let partner = flow::partner(&key, &value);
             let other = partner.as_ref().and_then(read);
-            if flow::expired(now_ns, &key, &value, other.as_ref()) {
+            if !flow::expired(now_ns, &key, &value, other.as_ref()) {
+                self.flows_seen += 1;
+            } else {
                 // The cursor may be the partner: then the walk begins anew, which is harmless.
                 for key in std::iter::once(key).chain(partner.filter(|_| other.is_some())) {
-                    removed += usize::from(table.delete(&codec::flow_bytes(&key)).is_ok());
+                    let bytes = codec::flow_bytes(&key);
+                    removed += usize::from(table.delete(&bytes).is_ok());
+                    if self.flow_cursor.as_deref() == Some(bytes.as_slice()) {
+                        self.flows_seen = 0;
+                    }
                 }
             }
             if self.flow_cursor.is_none() {

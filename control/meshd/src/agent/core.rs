@@ -370,6 +370,12 @@ impl Core {
         self.changed |= look.is_none() || look.as_ref() != status;
     }
 
+    /// How a task is, or how its process ended.
+    pub(super) fn status(&self, id: TaskId) -> Option<&TaskStatus> {
+        let task = self.tasks.get(&id)?;
+        Some(task.end.as_ref().unwrap_or(&task.status))
+    }
+
     /// Whether there may be something new to keep or to publish since this was asked last.
     pub(super) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)

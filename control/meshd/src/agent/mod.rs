@@ -36,6 +36,7 @@ use tokio::{
 
 use self::core::{Action, Core, Kept, Managers, Outcome, Step};
 pub use self::{report::StatusFeed, sockets::Sockets};
+use crate::metrics::list;
 
 /// Every step has a deadline, so that no task hangs in a state without a reason.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -315,8 +316,24 @@ impl Driver {
         match input {
             Input::Assign(set, ended) => self.core.handle_assign(now_ms(), set, &ended),
             Input::Managers(managers) => self.core.handle_managers(now_ms(), managers),
-            Input::Outcome(task, outcome) => self.core.handle_outcome(now_ms(), task, outcome),
+            Input::Outcome(task, outcome) => {
+                let ended = matches!(outcome, Outcome::Ended(_) | Outcome::Lost(_));
+                self.core.handle_outcome(now_ms(), task, outcome);
+                if ended {
+                    self.tell_end(task);
+                }
+            }
         }
+    }
+
+    /// Counts and logs how a task's process ended.
+    fn tell_end(&self, task: TaskId) {
+        let Some(status) = self.core.status(task) else { return };
+        let service = self.publisher.borrow().tasks.get(&task).map(|view| view.assignment.service);
+        let service = service.map(tracing::field::display);
+        let state = status.state.name();
+        list::TASK_EXITS.count(&[state]);
+        tracing::info!(%task, service, state, reason = status.err, "task ended");
     }
 
     fn spawn(&self, action: Action) {
@@ -383,6 +400,8 @@ impl Hands {
         let outcome = outcome.unwrap_or_else(|_| {
             Err(anyhow::anyhow!("{name} did not finish within {} s", STEP_TIMEOUT.as_secs()))
         });
+        let result = if outcome.is_ok() { "done" } else { "failed" };
+        list::TASK_STEPS.count(&[&name.replace(' ', "_"), result]);
         outcome.unwrap_or_else(|error| {
             let reason = format!("{error:#}");
             tracing::warn!(%task, step = name, reason, "task step failed");

@@ -102,6 +102,9 @@ pub trait Backend: Send + Sync + 'static {
     /// [`ApiError::not_in_swarm`], [`ApiError::worker`].
     fn events(&self) -> Result<Feed, ApiError>;
 
+    /// The metrics of this daemon, of this moment, in the text of [`crate::metrics`].
+    async fn metrics(&self) -> String;
+
     /// The data plane's counters of a node; of this one with `None`.
     ///
     /// # Errors

@@ -25,12 +25,12 @@ mod system;
 mod tasks;
 mod usage;
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Instant};
 
 use axum::{
     Router,
-    extract::Request,
-    http::{HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
+    extract::{MatchedPath, Request},
+    http::{HeaderValue, Method, StatusCode, Uri, header, uri::PathAndQuery},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -41,6 +41,8 @@ use tokio::net::UnixListener;
 pub use backend::Backend;
 pub use error::ApiError;
 pub use listen::Limits;
+
+use crate::metrics::list;
 
 /// The handlers' state.
 type Shared = Arc<dyn Backend>;
@@ -137,10 +139,17 @@ async fn finish(
 ) -> Response {
     let refusal =
         request.extensions().get::<AskedVersion>().and_then(|version| refuse_version(&version.0));
+    let began = Instant::now();
+    let method = method_name(request.method());
+    // One of the router's, never what a client wrote.
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let mut response = match refusal {
         Some(refusal) => refusal,
         None => next.run(request).await,
     };
+    let route = route.as_ref().map_or("none", MatchedPath::as_str);
+    list::API_REQUESTS.count(&[method, route, response.status().as_str()]);
+    list::API_SECONDS.observe_since(&[method], began);
     let headers = response.headers_mut();
     let (major, minor) = API_VERSION;
     if let Ok(version) = HeaderValue::from_str(&format!("{major}.{minor}")) {
@@ -153,6 +162,18 @@ async fn finish(
         HeaderValue::from_static(concat!("Docker/", env!("CARGO_PKG_VERSION"), " (linux)")),
     );
     response
+}
+
+/// The word for a method in the metrics: clients may make up others.
+fn method_name(method: &Method) -> &'static str {
+    match method.as_str() {
+        "GET" => "GET",
+        "HEAD" => "HEAD",
+        "POST" => "POST",
+        "PUT" => "PUT",
+        "DELETE" => "DELETE",
+        _ => "other",
+    }
 }
 
 /// Looks at the store.

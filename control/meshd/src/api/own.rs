@@ -142,7 +142,7 @@ pub(super) async fn exec(
         let _place = place;
         match upgrade.await {
             Ok(stream) => relay(TokioIo::new(stream), session).await,
-            Err(err) => tracing::debug!(%err, "exec: the client went away before the upgrade"),
+            Err(error) => tracing::debug!(%error, "exec: the client went away before the upgrade"),
         }
     });
     let headers = [
@@ -172,8 +172,8 @@ async fn relay(stream: impl AsyncRead + AsyncWrite, session: ExecSession) {
         result = outward => result,
         result = read_input(reader, input) => result,
     };
-    if let Err(err) = result {
-        tracing::debug!(%err, "exec: stream ended");
+    if let Err(error) = result {
+        tracing::debug!(%error, "exec: stream ended");
     }
 }
 

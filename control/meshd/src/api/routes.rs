@@ -16,6 +16,7 @@ use super::{
     request::{BodyLimit, discard},
     services, swarm, system, tasks, usage,
 };
+use crate::metrics;
 
 /// What a route asks of the node that it comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +100,7 @@ fn table() -> Vec<Row> {
         row(GET, "/tasks", (Manager, 0), tasks::list),
         row(GET, "/tasks/{id}", (Manager, 0), tasks::inspect),
         row(GET, "/tasks/{id}/logs", (Manager, 0), logs::of_task),
+        row(GET, "/metrics", (Nothing, 0), metrics::server::answer),
         row(GET, "/mesh/status", (Nothing, 0), own::status),
         row(GET, "/mesh/node/stats", (Nothing, 0), own::stats),
         row(POST, "/mesh/task/{id}/exec", (Manager, JSON), own::exec),

@@ -143,7 +143,11 @@ impl Door {
                     let _ = self.tries(|tries| tries.take(source, clock::monotonic()));
                 }
                 self.refused.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%remote, why, "refused to admit a node: its token is wrong");
+                tracing::warn!(
+                    address = %remote,
+                    reason = why,
+                    "refused to admit a node: its token is wrong"
+                );
                 Err(denied("invalid join token"))
             }
         }
@@ -176,7 +180,7 @@ impl Door {
         let Outcome::Node(number) = outcome.map_err(|error| not_proposed(&error))? else {
             return Err(RpcError::new(RpcErrorKind::Internal, "the store gave the node no number"));
         };
-        tracing::info!(%node, %number, ?role, %address, "admitted a node");
+        tracing::info!(%node, %number, role = role.name(), %address, "admitted a node");
         Ok(JoinResponse {
             node,
             number,

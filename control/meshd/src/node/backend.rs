@@ -333,6 +333,10 @@ impl Backend for Node {
         Ok(logs::bridge(reader.map_err(|error| not_called(found.name(), &error))?))
     }
 
+    async fn metrics(&self) -> String {
+        self.scrape().await
+    }
+
     async fn node_stats(&self, node: Option<NodeId>) -> Result<NodeStats, ApiError> {
         let member = self.member()?;
         let own = member.identity().node;

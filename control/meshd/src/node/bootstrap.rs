@@ -177,7 +177,8 @@ pub(crate) async fn join(
         }
     };
     keep(options, &identity, &settings)?;
-    tracing::info!(node = %identity.node, role = ?identity.role, "joined");
+    let role = identity.role.name();
+    tracing::info!(node = %identity.node, role, "joined");
     begin(options, engine, identity, settings, raft).await
 }
 

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 
-use crate::{options::Options, rpc::messages::CounterValue};
+use crate::{metrics::list, options::Options, rpc::messages::CounterValue};
 
 /// A round in any case: what was corrupted heals within this time, twice over.
 const TICK: Duration = Duration::from_secs(1);
@@ -74,6 +74,7 @@ pub(crate) struct Handle {
     applied: watch::Receiver<Revision>,
     host_routes: watch::Receiver<BTreeSet<IpNetwork>>,
     underlay_mtu: watch::Receiver<Mtu>,
+    flows: watch::Receiver<(u64, u64)>,
 }
 
 impl Handle {
@@ -85,6 +86,11 @@ impl Handle {
     /// The host's own addresses and routes.
     pub(crate) fn host_routes(&self) -> watch::Receiver<BTreeSet<IpNetwork>> {
         self.host_routes.clone()
+    }
+
+    /// Entries of the flow table, and how many it has room for.
+    pub(crate) fn flows(&self) -> &watch::Receiver<(u64, u64)> {
+        &self.flows
     }
 
     /// The MTU of the underlay now.
@@ -156,6 +162,7 @@ pub(crate) async fn start(
     let (applied, applied_watched) = watch::channel(Revision::MIN);
     let (host_routes, host_routes_watched) = watch::channel(BTreeSet::new());
     let (mtu, mtu_watched) = watch::channel(Mtu::ETHERNET);
+    let (flows, flows_watched) = watch::channel((0, 0));
     let (opened, open) = oneshot::channel();
     std::thread::Builder::new()
         .name("dataplane".into())
@@ -184,6 +191,7 @@ pub(crate) async fn start(
                 applied,
                 host_routes,
                 mtu,
+                flows,
                 complaints: BTreeMap::new(),
                 undone: 0,
             };
@@ -201,6 +209,7 @@ pub(crate) async fn start(
         applied: applied_watched,
         host_routes: host_routes_watched,
         underlay_mtu: mtu_watched,
+        flows: flows_watched,
     })
 }
 
@@ -229,6 +238,8 @@ struct Driver {
     applied: watch::Sender<Revision>,
     host_routes: watch::Sender<BTreeSet<IpNetwork>>,
     mtu: watch::Sender<Mtu>,
+    /// Entries of the flow table and their maximum.
+    flows: watch::Sender<(u64, u64)>,
     /// What failed and since when, so that the log says a thing once.
     complaints: BTreeMap<String, Instant>,
     /// Rounds in a row that left something undone.
@@ -380,8 +391,11 @@ impl Driver {
         let revision = records.revision;
         self.engine.set_records(records);
         self.engine.set_withdrawn(self.withdrawn.borrow_and_update().clone());
+        let began = std::time::Instant::now();
         let report = self.engine.round().await;
         let converged = self.judge(report);
+        list::RECONCILER_SECONDS.observe_since(&["dataplane"], began);
+        list::RECONCILER_ROUNDS.count(&["dataplane", if converged { "done" } else { "undone" }]);
         self.undone = if converged { 0 } else { self.undone.saturating_add(1) };
         if converged {
             self.applied
@@ -408,13 +422,14 @@ impl Driver {
 
     fn complain(&mut self, what: String) {
         self.complaints.entry(what).or_insert_with_key(|what| {
-            tracing::warn!(%what, "kernel state is not as desired");
+            tracing::warn!(reason = %what, "kernel state is not as desired");
             Instant::now()
         });
     }
 
     fn collect(&mut self) {
         self.engine.collect_flows(monotonic_ns());
+        self.flows.send_replace(self.engine.flows());
     }
 
     async fn teardown(self) -> Result<()> {

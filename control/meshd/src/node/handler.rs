@@ -10,7 +10,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use mesh_control::{
-    command::Command,
     model::{Node, Role},
     store::Store,
 };
@@ -299,8 +298,8 @@ impl RpcHandler for Handler {
         }
         let statuses = manager.raft.read(|store| own(store, from.node, request.statuses));
         if !statuses.is_empty() {
-            let command = Command::ReportTasks { node: from.node, statuses };
-            manager.propose(command).await.map_err(|error| not_proposed(&error))?;
+            let reported = manager.tasks_reported(from.node, statuses).await;
+            reported.map_err(|error| not_proposed(&error))?;
         }
         Ok(ReportResponse { revision: manager.raft.read(|store| store.revision) })
     }
@@ -339,7 +338,7 @@ impl RpcHandler for Handler {
             return Err(unavailable("the node's vote is still being given back"));
         }
         let cert_pem = sign(&cluster, from.node, role, &key)?;
-        tracing::info!(node = %from.node, ?role, "signed a node's new key");
+        tracing::info!(node = %from.node, role = role.name(), "signed a node's new key");
         Ok(RenewResponse { role, voter: node.voter(), cert_pem })
     }
 

@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::SystemTime};
 
 use mesh_control::{
-    command::{InitCluster, NewNode, Proposal},
+    command::{Command, InitCluster, NewNode, Proposal},
     model::{Availability, ClusterSpec, NodeDescription, NodeSpec},
     token::JoinToken,
 };

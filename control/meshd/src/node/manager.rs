@@ -22,7 +22,7 @@ use mesh_raft::{ProposeError, Raft};
 use mesh_types::{
     NodeId, NodeNumber, Revision, TaskId,
     record::{Delta, Scope},
-    task::TaskAssignment,
+    task::{TaskAssignment, TaskState, TaskStatus},
 };
 use tokio::{
     sync::{Notify, watch},
@@ -33,7 +33,7 @@ use super::{
     clock,
     liveness::{HEARTBEAT, LEFT, Liveness},
 };
-use crate::api::events::Feed;
+use crate::{api::events::Feed, metrics::list};
 
 /// The leader looks at liveness this often.
 const TICK: Duration = Duration::from_millis(500);
@@ -180,6 +180,27 @@ impl Manager {
         Hearsay { heard, reached, acks }
     }
 
+    /// A node reports how its tasks are.
+    pub(crate) async fn tasks_reported(
+        &self,
+        node: NodeId,
+        statuses: Vec<(TaskId, TaskStatus)>,
+    ) -> Result<(), ProposeError> {
+        // Of those that run now and were not known to.
+        let begun: Vec<u64> = self.raft.read(|store| {
+            let running = statuses.iter().filter(|(_, status)| status.state == TaskState::Running);
+            let tasks = running.filter_map(|(id, _)| store.tasks.get(id));
+            tasks.filter(|task| task.running.is_none()).map(|task| task.meta.created_ms).collect()
+        });
+        self.propose(Command::ReportTasks { node, statuses }).await?;
+        let now = clock::wall_ms();
+        for created in begun {
+            let delay = Duration::from_millis(now.saturating_sub(created));
+            list::SWARM_SCHEDULING.observe(&[], delay);
+        }
+        Ok(())
+    }
+
     /// A node said that it leaves: it is down at once, and its tasks are replaced.
     pub(crate) async fn left(&self, node: NodeId) -> Result<(), ProposeError> {
         let status = NodeStatus { state: NodeState::Down, message: LEFT.to_owned(), lost: true };
@@ -268,6 +289,7 @@ impl Manager {
         let mut leadership = self.raft.leadership();
         let mut memory = LeaderMemory::default();
         let mut led_term = None;
+        let mut led_by = None;
         let mut wake = Instant::now();
         loop {
             // Neither changes any more once raft has stopped, over a full disk for one.
@@ -279,6 +301,9 @@ impl Manager {
             }
             wake = Instant::now() + TICK;
             let leading = leadership.borrow_and_update().clone();
+            if std::mem::replace(&mut led_by, leading.leader) != leading.leader {
+                list::RAFT_LEADER_CHANGES.count(&[]);
+            }
             if !leading.me_leader {
                 if let Some((number, address)) = leading.leader {
                     forward.forward(number, address, self.hearsay()).await;
@@ -295,9 +320,12 @@ impl Manager {
             }
             // Mark what stands now as seen: what changes from here on wakes the next round.
             revisions.borrow_and_update();
+            let began = std::time::Instant::now();
             if let Some(at) = self.round(leading.term, &mut memory).await {
                 wake = wake.min(at);
             }
+            list::RECONCILER_SECONDS.observe_since(&["leader"], began);
+            list::RECONCILER_ROUNDS.count(&["leader", "done"]);
         }
     }
 
@@ -327,7 +355,10 @@ impl Manager {
             self.raft.read(|store| lock(&self.liveness).verdicts(store, clock::monotonic()));
         if !reports.is_empty() {
             for report in &reports {
-                tracing::info!(node = %report.id, status = ?report.status, "node state");
+                let status = report.status.clone().unwrap_or_default();
+                let NodeStatus { state, message, lost } = status;
+                let state = state.name();
+                tracing::info!(node = %report.id, state, lost, reason = message, "node state");
             }
             self.propose_logged(term, Command::ReportNodes(reports)).await;
         }
@@ -350,7 +381,9 @@ impl Manager {
     /// As the leader of this term: a view that was true of it says nothing to its successor.
     async fn propose_logged(&self, term: u64, command: Command) {
         let proposal = Proposal { now_ms: clock::wall_ms(), command };
-        if let Err(error) = self.raft.propose_leading(term, proposal).await {
+        let proposed = self.raft.propose_leading(term, proposal).await;
+        list::LEADER_COMMANDS.count(&[if proposed.is_ok() { "done" } else { "failed" }]);
+        if let Err(error) = proposed {
             // The next round decides anew over what then stands.
             tracing::warn!(%error, "a leader's proposal failed");
         }

@@ -15,7 +15,7 @@ use mesh_control::model::{GossipKeys, NodeDescription, NodeKeys, Role};
 use mesh_dns::snapshot::Policy;
 use mesh_executor::{Executor, ProcessConfig, ProcessExecutor};
 use mesh_gossip::{Expected, GossipKey, Keyring, Member as Peer, Timings, probe::Limits};
-use mesh_raft::{Raft, RaftConfig};
+use mesh_raft::{Raft, RaftConfig, Timed};
 use mesh_types::{NodeNumber, record::RecordSet};
 use tokio::{sync::watch, task::AbortHandle};
 
@@ -35,6 +35,7 @@ use crate::{
     dns_process::Resolver,
     gossip::{Compare, GOSSIP_PORT, Shell, ShellConfig},
     identity::Identity,
+    metrics::list,
     options::Options,
     rpc::{
         RaftTransport, Route, RpcClient, RpcServer,
@@ -68,11 +69,11 @@ pub(crate) struct Member {
     pub(crate) dataplane: dataplane::Handle,
     /// What it answers other nodes.
     pub(crate) handler: Arc<Handler>,
-    resolver: Arc<Resolver>,
+    pub(super) resolver: Arc<Resolver>,
     gossip: Arc<Mutex<Option<Shell>>>,
     pub(super) options: Options,
     tasks: Tasks,
-    probes: probe::Handle,
+    pub(super) probes: probe::Handle,
     /// Listens for the calls that every node answers.
     pub(super) server: RpcServer,
     parts: Mutex<Option<ManagerParts>>,
@@ -112,6 +113,14 @@ pub(crate) async fn start_raft(
     let mut config =
         RaftConfig::new(options.raft_dir(), identity.voter, address, identity.data_key);
     config.resume = resume;
+    config.observe = |timed, took| {
+        let metric = match timed {
+            Timed::Write => &list::SWARM_TRANSACTION,
+            Timed::Apply => &list::SWARM_WRITE,
+            Timed::Snapshot => &list::SWARM_SNAPSHOT,
+        };
+        metric.observe(&[], took);
+    };
     let transport = Arc::new(RaftTransport::new(client.clone()));
     Raft::start(config, transport).await.context("starting the store")
 }
@@ -307,7 +316,7 @@ impl Member {
         let mut first = None;
         let mut note = |what: &str, result: Result<()>| {
             if let Err(error) = result {
-                tracing::warn!(error = %format!("{error:#}"), "leaving: {what}");
+                tracing::warn!(step = what, error = %format!("{error:#}"), "leaving went wrong");
                 first.get_or_insert(error.context(what.to_owned()));
             }
         };
@@ -361,7 +370,9 @@ impl Member {
                 .await;
             match told {
                 Ok(()) => return true,
-                Err(error) => tracing::debug!(%error, "could not tell a manager"),
+                Err(error) => {
+                    tracing::debug!(node = %manager.node, %error, "could not tell a manager");
+                }
             }
         }
         false

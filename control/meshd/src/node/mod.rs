@@ -23,6 +23,7 @@ mod persist;
 mod plumbing;
 mod probe;
 mod role;
+mod scrape;
 mod session;
 
 use std::{
@@ -43,6 +44,8 @@ pub struct Node {
     state: RwLock<State>,
     /// Held while the node joins or leaves.
     changing: tokio::sync::Mutex<()>,
+    /// Held while the metrics are looked up.
+    scraping: tokio::sync::Mutex<()>,
     /// For work that outlives the call that asked for it.
     me: Weak<Self>,
 }
@@ -81,6 +84,7 @@ impl Node {
             engine,
             state: RwLock::new(state),
             changing: tokio::sync::Mutex::new(()),
+            scraping: tokio::sync::Mutex::new(()),
             me: Weak::clone(me),
         }))
     }

@@ -19,7 +19,10 @@ use tokio::{
 };
 
 use super::clock;
-use crate::gossip::{Accusations, update};
+use crate::{
+    gossip::{Accusations, update},
+    metrics::list,
+};
 
 /// When nobody answers for this long, a socket at another port is tried: something on the way may
 /// have taken this one from us.
@@ -148,6 +151,7 @@ impl Shell {
                     let Ok((length, from)) = received else { continue };
                     let reply = decode_reply(&buffer[..length]);
                     if let Some((peer, nonce)) = reply.filter(|_| from.port() == self.port) {
+                        list::PROBES.count(&["in"]);
                         self.answered = clock::monotonic();
                         self.probes.answered(self.answered, peer, from.ip(), nonce);
                         // Nearly all answers are of peers that were well already.
@@ -210,6 +214,7 @@ impl Shell {
             self.reopen();
         }
         for (number, vtep, nonce) in probes {
+            list::PROBES.count(&["out"]);
             let datagram = encode_request(self.own, number, nonce);
             // A full queue or a missing route: no answer will come, which is what counts.
             let _ = self.socket.try_send_to(&datagram, SocketAddr::new(vtep, self.port));
@@ -219,9 +224,9 @@ impl Shell {
 
     fn publish(&self) {
         let withdrawn = self.probes.withdrawn();
-        let log = withdrawn.clone();
+        let numbers: Vec<String> = withdrawn.iter().map(ToString::to_string).collect();
         if update(&self.withdraw, withdrawn) {
-            tracing::info!(nodes = ?log, "peers whose data path is silent");
+            tracing::info!(numbers = numbers.join(" "), "peers whose data path is silent");
         }
         update(&self.reach, self.probes.reached(clock::monotonic()));
         update(&self.tell, self.probes.silent());

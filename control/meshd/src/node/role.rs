@@ -151,7 +151,7 @@ impl Member {
             _ => {
                 ensure!(stale, "the manager that was asked knows of no other role");
                 self.renewed(new)?;
-                tracing::info!("the certificate is renewed");
+                tracing::info!(node = %identity.node, "the certificate is renewed");
                 Ok(())
             }
         }
@@ -206,7 +206,7 @@ impl Member {
         }
         self.use_identity(new)?;
         *self.parts() = Some(lead(&self.handler, &client, Manager::new(raft), server));
-        tracing::info!("this node is a manager now");
+        tracing::info!(node = %self.identity().node, "this node is a manager now");
         Ok(())
     }
 
@@ -219,7 +219,7 @@ impl Member {
             parts.manager.raft.shutdown().await;
         }
         member::remove_store(&self.options)?;
-        tracing::info!("this node is a worker now");
+        tracing::info!(node = %self.identity().node, "this node is a worker now");
         Ok(())
     }
 }

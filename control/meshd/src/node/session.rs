@@ -74,13 +74,13 @@ impl Session {
                 let ended = self.with(manager).await;
                 self.agent.set_managed(false);
                 match ended {
-                    Ok(()) => tracing::info!(%manager, "the session ended"),
+                    Ok(()) => tracing::info!(address = %manager, "the session ended"),
                     Err(error) if is_removed(&error) => self.removed(),
                     Err(error) => {
                         let error = format!("{error:#}");
                         if is_of_another_root(&error) && told.take(TOLD, clock::monotonic()) {
                             tracing::error!(
-                                %manager,
+                                address = %manager,
                                 error,
                                 "this node and the managers trust different root certificates: the \
                                  root was changed while this node was away, and the old one is \
@@ -88,7 +88,7 @@ impl Session {
                                  --force` here, and join again"
                             );
                         } else {
-                            tracing::debug!(%manager, error, "no session");
+                            tracing::debug!(address = %manager, error, "no session");
                         }
                     }
                 }
@@ -106,6 +106,7 @@ impl Session {
     fn removed(&self) {
         if !self.agent.snapshot().tasks.is_empty() {
             tracing::error!(
+                node = %self.node,
                 "this node was removed from the cluster: its tasks end. `swarm leave` cleans up \
                  here; then it can join again"
             );
@@ -145,7 +146,7 @@ impl Session {
         };
         let reports = tokio::spawn(async move { reporter.run().await });
         let _abort = AbortOnDrop(reports.abort_handle());
-        tracing::info!(%manager, "session");
+        tracing::info!(address = %manager, "session");
         let mut decided = clock::monotonic();
         loop {
             let update = tokio::select! {

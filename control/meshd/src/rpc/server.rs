@@ -299,7 +299,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, handler: Arc<dyn Rpc
         let Some(guest) = Guest::admit(&shared, source(remote.ip())) else {
             let refusals = handler.refusals();
             if refusals.count(&refusals.connections) {
-                tracing::warn!(%remote, "too many connections without a certificate: refused");
+                tracing::warn!(address = %remote, "too many connections without a certificate: refused");
             }
             continue;
         };
@@ -310,10 +310,10 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, handler: Arc<dyn Rpc
             match ended {
                 Ok(()) => {}
                 Err(Ended::Refused(why)) if refusals.count(&refusals.handshakes) => {
-                    tracing::warn!(%remote, why, "a connection was refused");
+                    tracing::warn!(address = %remote, reason = why, "a connection was refused");
                 }
                 Err(Ended::Refused(why) | Ended::Broken(why)) => {
-                    tracing::debug!(%remote, why, "a connection ended");
+                    tracing::debug!(address = %remote, reason = why, "a connection ended");
                 }
             }
         });
@@ -463,7 +463,7 @@ async fn serve(
             let refusals = handler.refusals();
             let final_word = matches!(error.kind, RpcErrorKind::Denied | RpcErrorKind::NotFound);
             if final_word && refusals.count(&refusals.calls) {
-                tracing::warn!(%peer, %remote, path, why = %error, "a call was refused");
+                tracing::warn!(%peer, address = %remote, route = path, %error, "a call was refused");
             }
             return refuse(&error);
         }

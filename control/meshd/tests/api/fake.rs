@@ -243,6 +243,10 @@ impl Backend for Fake {
         Some(Leadership { leader: NodeNumber::MIN, reachable })
     }
 
+    async fn metrics(&self) -> String {
+        meshd::metrics::text()
+    }
+
     async fn catch_up(&self) -> Result<(), ApiError> {
         Ok(())
     }

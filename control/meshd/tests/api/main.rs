@@ -398,3 +398,24 @@ async fn exec_carries_streams_and_status() {
     let (_, status) = server.get("/mesh/status").await;
     assert_eq!((&status["State"], &status["Nodes"][0]["Name"]), (&json!("active"), &json!("m1")));
 }
+
+/// Who connects and says nothing holds up no scraper for long.
+#[tokio::test]
+async fn metrics_are_served_past_silent_clients() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = meshd::metrics::server::listen(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serve = tokio::spawn(meshd::metrics::server::serve(listener, Arc::new(Fake::default())));
+    let mut silent = Vec::new();
+    for _ in 0..24 {
+        silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    let mut scraper = tokio::net::TcpStream::connect(address).await.unwrap();
+    scraper.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    let read = scraper.read_to_string(&mut answer);
+    tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(answer.contains("openmetrics-text") && answer.ends_with("# EOF\n"), "{answer}");
+    serve.abort();
+}

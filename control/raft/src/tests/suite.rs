@@ -14,7 +14,7 @@ impl StoreBuilder<Types, LogStore, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, Machine), StorageError<Types>> {
         let dir = TempDir::new("suite");
         let disk = Arc::new(Disk::open(dir.path(), &[1; 32]).expect("a fresh disk opens"));
-        let machine = Machine::load(Arc::clone(&disk)).expect("a fresh disk loads");
+        let machine = Machine::load(Arc::clone(&disk), |_, _| {}).expect("a fresh disk loads");
         Ok((dir, LogStore { disk }, machine))
     }
 }
