@@ -252,6 +252,14 @@ fn parse(text: &str, name: &str) -> Result<BTreeMap<String, Entry>, Mistakes> {
     if mistakes.is_empty() { Ok(entries) } else { Err(Mistakes(mistakes)) }
 }
 
+/// Any text is a configuration, or it is said what is wrong with it.
+#[cfg(fuzzing)]
+pub fn fuzz(text: &str) {
+    if let Err(Mistakes(mistakes)) = parse(text, "meshd.toml") {
+        assert!(!mistakes.is_empty() && mistakes.iter().all(|why| why.starts_with("meshd.toml:")));
+    }
+}
+
 fn did_you_mean(word: &str, command: &Command) -> String {
     let likeness = |arg: &Arg| strsim::jaro_winkler(word, arg.get_id().as_str());
     let near = keys(command).map(|arg| (likeness(arg), arg)).filter(|(like, _)| *like > NEAR);

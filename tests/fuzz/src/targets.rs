@@ -23,6 +23,7 @@ pub(crate) const TARGETS: &[Target] = &[
     Target { name: "rpc", run: meshd::rpc::fuzz::message, seeds: meshd::rpc::fuzz::examples },
     Target { name: "frames", run: meshd::rpc::fuzz::frames, seeds: frame_seeds },
     Target { name: "api", run: api, seeds: api_seeds },
+    Target { name: "config", run: config, seeds: config_seeds },
     Target { name: "text", run: text, seeds: text_seeds },
     Target { name: "dns-query", run: dns_query, seeds: dns_seeds },
     Target { name: "dns-upstream", run: dns_upstream, seeds: upstream_seeds },
@@ -187,6 +188,20 @@ fn api_seeds() -> Vec<Vec<u8>> {
         of(3, include_str!("../seeds/init.json")),
         of(4, r#"{"JoinToken":"SWMTKN-1-x","RemoteAddrs":["192.0.2.1:2377"],"AdvertiseAddr":""}"#),
     ]
+}
+
+fn config(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data) {
+        meshd::config::fuzz(text);
+    }
+}
+
+/// The example, with its keys set.
+fn config_seeds() -> Vec<Vec<u8>> {
+    let example = include_str!("../../../dist/meshd.toml");
+    let keys = example.lines().filter_map(|line| line.strip_prefix("#").or(Some(line)));
+    let keys: Vec<_> = keys.map(str::trim).filter(|line| line.contains(" = ")).collect();
+    keys.iter().map(|key| key.as_bytes().to_vec()).chain([keys.join("\n").into_bytes()]).collect()
 }
 
 /// Small grammars, the first byte says which.
