@@ -40,7 +40,7 @@ enum Command {
         #[arg(long)]
         no_vm: bool,
     },
-    /// Run a benchmark: `overlay`, `dns` and `control` beside their peers, `trust` while things fail
+    /// Run a benchmark: `overlay`, `dns`, `control` beside their peers, `trust` while things fail
     Bench {
         /// The benchmark
         name: String,
