@@ -26,8 +26,8 @@ fn is_id(value: &Value) -> bool {
 }
 
 fn lines_are_json_with_ids(c: &Cluster) -> Result<()> {
-    let options = ["--name", "bad", "--restart-condition", "none"];
-    c.service_args(&options, &["sh", "-c", "exit 3"])?;
+    let create = "service create --detach --name bad --restart-condition none --runtime process";
+    c.meshctl("m1", &format!("{create} -- false"))?.ok()?;
     let task = eventually("the task to fail", SOON, || {
         let failed = c.tasks("bad")?.into_iter().find(|task| task.state == "failed");
         failed.context("no failed task")
@@ -37,7 +37,7 @@ fn lines_are_json_with_ids(c: &Cluster) -> Result<()> {
         let line = lines.iter().find(|line| line["task"] == *task.id).context("no line")?;
         ensure!(line["message"] == "task ended" && line["level"] == "INFO", "{line}");
         ensure!(line["state"] == "failed" && is_id(&line["service"]), "{line}");
-        ensure!(line["reason"].as_str().is_some_and(|r| r.contains("exit (3)")), "{line}");
+        ensure!(line["reason"].as_str().is_some_and(|r| r.contains("exit (1)")), "{line}");
         Ok(())
     })?;
     let admitted = lines(c, "m1")?.into_iter().filter(|l| l["message"] == "admitted a node");

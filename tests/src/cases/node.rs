@@ -206,7 +206,7 @@ fn goes_on_without(
 fn a_worker_leaves_a_manager_without_a_leader(c: &Cluster) -> Result<()> {
     three_vote(c)?;
     let log = std::fs::read_to_string(c.lab.places().log("w1")).context("read a log")?;
-    let (_, last) = log.rsplit_once("session manager=192.0.2.1").context("no session")?;
+    let (_, last) = log.rsplit_once(" session address=192.0.2.1").context("no session")?;
     let cut = format!("m{}", last.chars().next().context("a cut line")?);
     let managers = ["m1", "m2", "m3"].map(str::to_owned);
     let (cut, others): (Vec<_>, Vec<_>) = managers.into_iter().partition(|name| *name == cut);
