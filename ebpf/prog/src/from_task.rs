@@ -13,7 +13,7 @@ use crate::{
     mesh,
     packet::{
         self, Ip, L3, Verdict, Way, header, ifindex, oversize, parse, parse_len, pull, read,
-        to_link, to_peer, write,
+        to_link, to_peer, vlan, write,
     },
     vip,
 };
@@ -21,6 +21,10 @@ use crate::{
 #[inline(always)]
 pub fn run(ctx: &TcContext, way: &mut Way) -> Verdict {
     let port = get!(PORTS, &ifindex(ctx)).ok_or(Counter::DropNoEndpoint)?;
+    // Out of the underlay link the tag would choose a VLAN there.
+    if vlan(ctx).is_some() {
+        return Err(Counter::DropEtherType);
+    }
     // An ARP packet has 42 bytes, and so has the shortest datagram: fewer headers are nothing.
     if header::<[u8; 42]>(ctx, 0).is_none() {
         pull(ctx, parse_len(L3));

@@ -101,6 +101,15 @@ pub fn ifindex(ctx: &TcContext) -> u32 {
     unsafe { (*skb(ctx)).ifindex }
 }
 
+/// The VLAN tag that the packet came with, which the kernel takes off a frame before any program
+/// sees it (`skb_vlan_untag`) and puts back on wherever the packet leaves.
+#[inline(always)]
+pub fn vlan(ctx: &TcContext) -> Option<u32> {
+    // SAFETY: as above.
+    let (present, tci) = unsafe { ((*skb(ctx)).vlan_present, (*skb(ctx)).vlan_tci) };
+    if present != 0 { Some(tci & 0xfff) } else { None }
+}
+
 /// Whether the packet was sent to this host's MAC.
 #[inline(always)]
 pub fn is_to_host(ctx: &TcContext) -> bool {

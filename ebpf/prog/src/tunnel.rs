@@ -14,7 +14,7 @@ use crate::{
     mesh,
     packet::{
         ENCAP, Ip, L3, Outer, PASS, Verdict, Way, header, is_ipv4, is_to_host, parse, parse_len,
-        pull, read, segment, strip, to_peer, tunnel_source, write,
+        pull, read, segment, strip, to_peer, tunnel_source, vlan, write,
     },
     vip,
 };
@@ -33,7 +33,8 @@ pub struct Frame {
 pub fn from_uplink(ctx: &TcContext, way: &mut Way) -> Verdict {
     // Nothing here is for us unless it is IPv4 that was sent to this host.
     let config = config()?;
-    if !is_to_host(ctx) {
+    // What has a tag is for another link than this one; 0 is a priority alone (IEEE 802.1Q).
+    if !is_to_host(ctx) || vlan(ctx).is_some_and(|id| id != 0) {
         return Ok(PASS);
     }
     if header::<[u8; 42]>(ctx, 0).is_none() {
@@ -109,6 +110,9 @@ fn is_odd_tunnel(src: u32, dst: u32, options: u32) -> u32 {
 pub fn from_vxlan(ctx: &TcContext, way: &mut Way) -> Verdict {
     let config = config()?;
     let (vtep, vni) = tunnel_source(ctx)?;
+    if vlan(ctx).is_some() {
+        return Err(Counter::DropEtherType);
+    }
     pull(ctx, parse_len(L3));
     let eth: EthHeader = read(ctx, 0).ok_or(Counter::DropMalformed)?;
     receive::<false>(ctx, config, &Frame { eth, vni, vtep, tos: 0 }, way)

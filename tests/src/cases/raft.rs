@@ -295,6 +295,8 @@ fn a_lost_disk_is_no_vote(c: &Cluster) -> Result<()> {
     c.lab.start(lost)?;
     let token = c.meshctl("m1", "swarm join-token -q manager")?.ok()?;
     let before = named(c, lost)?;
+    // Who has the address of a node that is up is taken for an impostor.
+    c.wait_node("m1", lost, "Down")?;
     c.meshctl(lost, &format!("swarm join --token {token} 192.0.2.11:2377"))?.ok()?;
     let (old, _) = before.first().context("it was never there")?;
     let refused = c.meshctl("m1", &format!("node rm {old}"))?;

@@ -26,6 +26,33 @@ use nix::sys::{
 
 use crate::host::{inside, patience};
 
+/// Sends a frame by a link of a namespace, as it is.
+#[allow(unsafe_code, reason = "nix makes no address of a link")]
+pub(crate) fn send_frame(netns: &str, link: &str, frame: &[u8]) {
+    inside(netns, || {
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None);
+        let socket = socket.unwrap();
+        // SAFETY: all zeros are an address.
+        let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = libc::AF_PACKET as u16;
+        to.sll_ifindex = nix::net::if_::if_nametoindex(link).unwrap() as i32;
+        to.sll_halen = 6;
+        to.sll_addr[..6].copy_from_slice(&frame[..6]);
+        // SAFETY: frame and address are as long as said and live through the call.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const to).cast(),
+                size_of_val(&to) as libc::socklen_t,
+            )
+        };
+        assert_eq!(usize::try_from(sent), Ok(frame.len()), "{}", io::Error::last_os_error());
+    });
+}
+
 /// Below the ports that the kernel gives itself.
 static NEXT_PORT: AtomicU16 = AtomicU16::new(16_000);
 

@@ -16,7 +16,7 @@ use crate::{
     host::{eventually, in_vm, inside, ip, patience, ping},
     net::{
         Answer, Connection, Forged, LAST_ACK, Server, ask_tcp, ask_udp, count_tcp, exchange_udp,
-        hears, own_port, resets, udp, udp_from,
+        hears, own_port, resets, send_frame, udp, udp_from,
     },
     node::node,
 };
@@ -87,6 +87,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("strangers", strangers),
     ("probes", probes),
     ("spoofing", spoofing),
+    ("tags", tags),
     ("withdrawn", withdrawn),
     ("draining", draining),
     ("unplugged", unplugged),
@@ -397,6 +398,54 @@ fn spoofing(cluster: &mut Cluster) {
     assert!(cluster.round(3).healed > 0);
     send(d.address);
     assert!(hears(&target, patience()).is_some());
+}
+
+/// A tag that a task puts on its frame would be that of a VLAN of the underlay's, one within a
+/// tunnel that of a VLAN in the task.
+fn tags(cluster: &mut Cluster) {
+    let (a, b, c) = (cluster.task("a"), cluster.task("b"), cluster.task("c"));
+    let heard =
+        [&a, &b].map(|task| inside(&task.netns, || UdpSocket::bind((task.address, 9998)).unwrap()));
+    let frame = |to: &crate::cluster::Task, tag: &[u8]| {
+        let forged = Forged {
+            vni: OVERLAY_VNI,
+            from: (ENDPOINT, c.id as u8),
+            to: (ENDPOINT, to.id as u8),
+            source: (c.address, 9998),
+            target: (to.address, 9998),
+            text: "tagged",
+        };
+        let mut frame = forged.bytes();
+        frame.splice(8 + 12..8 + 12, tag.iter().copied());
+        frame
+    };
+    const TAG: [u8; 4] = [0x81, 0x00, 0x00, 0x05];
+    // From a task to its own node's and to another node's.
+    for to in [&a, &b] {
+        let before = cluster.counted(c.on, Counter::DropEtherType);
+        send_frame(&c.netns, "eth0", &frame(to, &TAG)[8..]);
+        eventually("a tagged frame is refused", || {
+            cluster.counted(c.on, Counter::DropEtherType) > before
+        });
+    }
+    // Within a tunnel, from the node that may send it.
+    let before = cluster.counted(b.on, Counter::DropEtherType);
+    let payload = frame(&b, &TAG);
+    inside(&cluster.netns(&format!("n{}", c.on)), || {
+        let socket = UdpSocket::bind((vtep(c.on), 0)).unwrap();
+        socket.send_to(&payload, (vtep(b.on), 4789)).unwrap();
+    });
+    eventually("a tagged frame in a tunnel is refused", || {
+        cluster.counted(b.on, Counter::DropEtherType) > before
+    });
+    for socket in &heard {
+        assert_eq!(hears(socket, Duration::from_millis(50)), None);
+    }
+    // Without tags all of them are what they seem.
+    for (to, socket) in [&a, &b].into_iter().zip(&heard) {
+        send_frame(&c.netns, "eth0", &frame(to, &[])[8..]);
+        assert!(hears(socket, patience()).is_some());
+    }
 }
 
 /// A flow that nobody answered leaves the backend whose node is withdrawn; others stay.
