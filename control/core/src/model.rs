@@ -105,6 +105,8 @@ pub struct CaRotation {
     pub key_pem: String,
     /// Its key, signed by the root that it replaces, PEM.
     pub cross_pem: String,
+    /// That root, PEM.
+    pub replaces: String,
     /// When it began, by its proposer's clock.
     pub started_ms: u64,
 }

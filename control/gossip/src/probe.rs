@@ -97,6 +97,8 @@ pub struct Probes {
     accused: BTreeSet<NodeNumber>,
     peers: BTreeMap<NodeNumber, Peer>,
     ticked: Option<Duration>,
+    /// Everybody is probed until all are judged.
+    everybody: bool,
 }
 
 impl Probes {
@@ -111,7 +113,16 @@ impl Probes {
             accused: BTreeSet::new(),
             peers: BTreeMap::new(),
             ticked: None,
+            everybody: false,
         }
+    }
+
+    /// Probes everybody, whoever watches whom, until all are judged: a node that starts has not
+    /// heard yet whom the others found silent.
+    #[must_use]
+    pub fn of_everybody(mut self) -> Self {
+        self.everybody = true;
+        self
     }
 
     /// All nodes with their tunnel ends, this one among them.
@@ -158,9 +169,11 @@ impl Probes {
             .collect();
         self.peers.retain(|number, peer| {
             peer.watched = watched.contains(number);
-            (accused.contains(number) || peer.stays(now)) && nodes.get(number) == Some(&peer.vtep)
+            let probed = self.everybody || accused.contains(number) || peer.stays(now);
+            probed && nodes.get(number) == Some(&peer.vtep)
         });
-        for number in watched.union(&accused) {
+        let others = nodes.keys().filter(|number| self.everybody && **number != self.own);
+        for number in watched.union(&accused).chain(others) {
             let Some(vtep) = nodes.get(number).copied() else { continue };
             self.peers.entry(*number).or_insert_with(|| Peer {
                 vtep,
@@ -183,7 +196,10 @@ impl Probes {
         now: Duration,
         nonce: &mut dyn FnMut() -> u64,
     ) -> Vec<(NodeNumber, IpAddr, u64)> {
-        self.peers.retain(|number, peer| self.accused.contains(number) || peer.stays(now));
+        self.everybody &= self.nodes.len() < 2 || !self.judged();
+        let everybody = self.everybody;
+        self.peers
+            .retain(|number, peer| everybody || self.accused.contains(number) || peer.stays(now));
         let before = self.ticked.replace(now);
         let slept = before.is_none_or(|before| now.saturating_sub(before) > SLEPT);
         let mut probes = Vec::with_capacity(self.peers.len());
@@ -223,7 +239,8 @@ impl Probes {
     /// Whether each peer has answered or been withdrawn: right after a start nothing is known.
     #[must_use]
     pub fn judged(&self) -> bool {
-        self.peers.values().all(|peer| peer.known || peer.withdrawn)
+        !self.peers.is_empty() && self.peers.values().all(|peer| peer.known || peer.withdrawn)
+            || self.nodes.keys().all(|number| *number == self.own)
     }
 
     /// Peers whose endpoints get no new flows.

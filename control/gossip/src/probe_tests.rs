@@ -268,3 +268,22 @@ proptest! {
         }
     }
 }
+
+/// A daemon that starts has heard nobody's accusations: it finds the dead itself, once.
+#[test]
+fn who_starts_looks_at_everybody() {
+    let (_, dead, watchers) = stranger();
+    let own = (1..=12).map(number).find(|own| *own != dead && !watchers.contains(own)).unwrap();
+    let mut probes = Probes::new(own, FEW).of_everybody();
+    assert!(probes.judged(), "there is nobody");
+    probes.set_nodes(ms(1000), &nodes(12));
+    assert!(!probes.judged());
+    let probed = run(&mut probes, ms(1000), ms(1600), |peer| peer != dead);
+    assert_eq!(probed.len(), 11);
+    assert!(probes.judged());
+    assert_eq!(probes.withdrawn(), BTreeSet::from([dead]));
+    // From then on it looks at its share, and at the one that it found dead.
+    let probed = run(&mut probes, ms(1600), ms(2600), |peer| peer != dead);
+    let share = watched(own, &nodes(12), &FEW);
+    assert!(probed.keys().all(|peer| *peer == dead || share.contains(peer)), "{probed:?}");
+}

@@ -129,6 +129,7 @@ fn daemon(options: Options) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "meshd makes namespaces, links and BPF programs: run it as root"
     );
+    service::take_descriptors();
     tokio::runtime::Builder::new_multi_thread()
         // One would do for the work, and idle on a fifth less; with two, what holds up one for a
         // moment holds up neither probes nor raft.

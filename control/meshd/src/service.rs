@@ -17,13 +17,26 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::unistd::{Gid, Group};
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::{Gid, Group},
+};
 use tokio::net::UnixListener;
 
 /// The group that may use the API where no other is named.
 const GROUP: &str = "mesh";
 /// A daemon that was killed has its socket until the last of its threads is gone.
 const OLD_DAEMON_PATIENCE: Duration = Duration::from_secs(2);
+
+/// As many descriptors as may be: each connection takes one. (Tasks begin with the usual limit: see
+/// the shim.)
+pub fn take_descriptors() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, limit = soft, "few descriptors, and so few connections");
+    }
+}
 
 /// The group that may use the API; `None`: root alone.
 ///

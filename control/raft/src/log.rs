@@ -21,7 +21,7 @@ use openraft::{
     RaftLogReader,
     storage::{IOFlushed, LogState, RaftLogStorage},
 };
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::{
     disk::{Disk, DiskError, blocking},
@@ -35,6 +35,9 @@ use crate::{
 const FILE_BYTES: u64 = 1 << 20;
 /// Entries that are kept in memory take about this much, sealed.
 const MEMORY_BYTES: usize = 1 << 20;
+/// What was appended and is not written yet is no more than this (or one append), in KiB: beyond it
+/// an append waits, so that a disk that hangs holds up writes instead of filling memory.
+const UNWRITTEN_KIB: u32 = 32 << 10;
 /// A batch is no larger than this, but for one entry.
 const BATCH_BYTES: usize = 4 << 20;
 /// An append to a follower carries about this much at most (or one entry).
@@ -45,6 +48,7 @@ pub(crate) const APPEND_BYTES: usize = 4 << 20;
 pub(crate) struct Log {
     shared: Arc<Shared>,
     jobs: Option<mpsc::Sender<Job>>,
+    unwritten: Arc<Semaphore>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -123,12 +127,18 @@ impl State {
     }
 }
 
+/// Whom to tell that entries are on the disk, and the room that they take until then.
+struct Done {
+    tell: IOFlushed<Types>,
+    _room: OwnedSemaphorePermit,
+}
+
 enum Job {
     /// Entries from an index on.
     Append {
         first: u64,
         sealed: Vec<Vec<u8>>,
-        done: IOFlushed<Types>,
+        done: Done,
     },
     Other(Box<dyn FnOnce(&mut Writer) + Send>),
 }
@@ -228,7 +238,8 @@ impl Log {
         let mut writer = Writer { shared: Arc::clone(&shared), broken: None };
         let thread = thread::Builder::new().name("raft-log".into());
         let writer = thread.spawn(move || writer.run(&queue)).map_err(shared.failed(dir))?;
-        Ok(Self { shared, jobs: Some(jobs), writer: Some(writer) })
+        let unwritten = Arc::new(Semaphore::new(UNWRITTEN_KIB as usize));
+        Ok(Self { shared, jobs: Some(jobs), unwritten, writer: Some(writer) })
     }
 
     /// Bytes appended since the last snapshot.
@@ -267,9 +278,9 @@ impl Log {
         told.await.map_err(|_| gone())?
     }
 
-    fn append(&self, entries: Vec<Entry>, done: IOFlushed<Types>) -> Result<(), DiskError> {
+    async fn append(&self, entries: Vec<Entry>, tell: IOFlushed<Types>) -> Result<(), DiskError> {
         let Some(first) = entries.first().map(|entry| entry.log_id.index) else {
-            done.io_completed(Ok(()));
+            tell.io_completed(Ok(()));
             return Ok(());
         };
         let mut sealed = Vec::with_capacity(entries.len());
@@ -277,6 +288,11 @@ impl Log {
             let index = entry.log_id.index;
             sealed.push(self.shared.seal(index, entry)?);
         }
+        let kib = sealed.iter().map(Vec::len).sum::<usize>().div_ceil(1024);
+        let kib = u32::try_from(kib).unwrap_or(u32::MAX).min(UNWRITTEN_KIB);
+        let room = Arc::clone(&self.unwritten).acquire_many_owned(kib).await;
+        let room = room.map_err(|_| self.shared.failed(&self.shared.dir)(gone()))?;
+        let done = Done { tell, _room: room };
         let mut state = self.shared.state();
         for (entry, sealed) in entries.into_iter().zip(&sealed) {
             let (id, next) = (entry.log_id, state.next());
@@ -393,9 +409,11 @@ impl Shared {
         }
         if state.written() < purged_to {
             // A snapshot came from the leader, and the log was not begun anew.
-            for part in state.parts.drain(..) {
+            let anew = self.create(purged_to, FILE_BYTES)?;
+            for part in state.parts.drain(..).filter(|part| part.path != anew.path) {
                 fs::remove_file(&part.path).map_err(self.failed(&part.path))?;
             }
+            state.parts.push_back(anew);
             state.recent.clear();
             state.recent_bytes = 0;
         }
@@ -534,14 +552,15 @@ impl Writer {
     }
 
     /// Writes, syncs, and says so.
-    fn append(&mut self, first: u64, sealed: &[Vec<u8>], done: Vec<IOFlushed<Types>>) {
+    fn append(&mut self, first: u64, sealed: &[Vec<u8>], done: Vec<Done>) {
         if self.broken.is_none()
             && let Err(error) = self.write(first, sealed)
         {
             self.broken = Some(error.to_string());
         }
         for done in done {
-            done.io_completed(self.broken.clone().map_or(Ok(()), |why| Err(io::Error::other(why))));
+            done.tell
+                .io_completed(self.broken.clone().map_or(Ok(()), |why| Err(io::Error::other(why))));
         }
     }
 
@@ -592,9 +611,10 @@ impl Writer {
         let mut state = self.shared.state();
         let Some(part) = state.parts.back() else { return Ok(()) };
         if part.records.is_empty() && part.first != first && state.parts.len() == 1 {
-            fs::remove_file(&part.path).map_err(self.shared.failed(&part.path))?;
-            state.parts.clear();
+            let old = part.path.clone();
             let part = self.shared.create(first, FILE_BYTES)?;
+            fs::remove_file(&old).map_err(self.shared.failed(&old))?;
+            state.parts.clear();
             state.parts.push_back(part);
         }
         Ok(())
@@ -645,12 +665,14 @@ impl Writer {
             state.last = Some(upto);
         }
         drop(state);
+        if whole {
+            // Before the others go: a log without a file is a lost one.
+            let part = self.shared.create(begins, FILE_BYTES)?;
+            gone.retain(|old: &Part| old.path != part.path);
+            self.shared.state().parts.push_back(part);
+        }
         for part in gone {
             fs::remove_file(&part.path).map_err(self.shared.failed(&part.path))?;
-        }
-        if whole {
-            let part = self.shared.create(begins, FILE_BYTES)?;
-            self.shared.state().parts.push_back(part);
         }
         Ok(())
     }
@@ -740,7 +762,8 @@ impl RaftLogStorage<Types> for LogStore {
         I: IntoIterator<Item = Entry> + Send,
         I::IntoIter: Send,
     {
-        Ok(self.disk.log().append(entries.into_iter().collect(), callback)?)
+        let entries: Vec<Entry> = entries.into_iter().collect();
+        Ok(self.disk.log().append(entries, callback).await?)
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {

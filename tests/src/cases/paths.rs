@@ -104,6 +104,8 @@ fn a_started_daemon_sends_nobody_to_a_dead_peer(c: &Cluster) -> Result<()> {
     let m2 = c.lab.node("m2")?.address;
     c.lab.crash("w2")?;
     let load = crate::cluster::eventually("m2 to leave w2 out", SOON * 5, || {
+        // Ten requests alone may miss w2 by chance. Its daemon is missed later than its data path.
+        c.wait_node("m2", "w2", "Down")?;
         for _ in 0..10 {
             let begin = Instant::now();
             c.fetch("client", &format!("http://{m2}:8080/"))?;

@@ -22,7 +22,8 @@ impl Store {
         rotation: &CaRotation,
     ) -> Result<Outcome, Rejection> {
         let Some(cluster) = &mut self.cluster else { return Ok(Outcome::Done) };
-        if forced <= cluster.ca_forced {
+        // Signed by a root that was just dropped, it would be trusted by nobody who knows the next.
+        if forced <= cluster.ca_forced || rotation.replaces != cluster.ca_cert_pem {
             return Err(Rejection::OutOfSequence);
         }
         cluster.ca_forced = forced;

@@ -143,6 +143,7 @@ impl Sim {
             cert_pem: String::new(),
             key_pem: String::new(),
             cross_pem: String::new(),
+            replaces: String::new(),
             started_ms: 0,
         };
         self.apply(Command::RotateCa { forced, rotation: Box::new(rotation) });
@@ -316,6 +317,7 @@ fn the_next_root_waits_for_all_and_for_those_that_are_away_an_hour() {
         cert_pem: String::new(),
         key_pem: String::new(),
         cross_pem: String::new(),
+        replaces: String::new(),
         started_ms: 0,
     };
     let again = Command::RotateCa { forced: 1, rotation: Box::new(rotation) };

@@ -7,7 +7,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -250,13 +251,19 @@ impl Plan {
             fs::create_dir_all(twin).map_err(|error| about(twin, error))?;
         }
         for Setting { file, value, optional } in &self.settings {
-            match fs::write(file, value) {
+            match set(file, value) {
                 Err(error) if *optional && error.kind() == io::ErrorKind::NotFound => {}
                 done => done.map_err(|error| about(file, error))?,
             }
         }
         Ok(())
     }
+}
+
+/// Writes to a file that the kernel must have. Asked to make one that it lacks, it would say that
+/// this is not permitted; where its hierarchy is not mounted any more, one would be made.
+fn set(file: &Path, value: &str) -> io::Result<()> {
+    fs::File::options().write(true).open(file)?.write_all(value.as_bytes())
 }
 
 #[cfg(test)]

@@ -53,6 +53,7 @@ pub(crate) const READY: &str = "ready\n";
 /// # Errors
 /// When it could not be set up; the reason has been written to standard output too.
 pub fn main(dir: &Path) -> io::Result<()> {
+    usual_descriptors();
     let dir = TaskDir::new(dir);
     match Shim::set_up(dir) {
         Ok(mut shim) => {
@@ -68,6 +69,15 @@ pub fn main(dir: &Path) -> io::Result<()> {
             let _ = writeln!(io::stdout(), "{error}");
             Err(error)
         }
+    }
+}
+
+/// Programs that use select(2) break with descriptors beyond 1023, so the usual soft limit is that:
+/// a daemon that has more does not hand it on.
+fn usual_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.min(1024), hard);
     }
 }
 

@@ -124,8 +124,6 @@ impl Door {
             let cluster = manager.raft.read(|store| store.cluster.clone());
             cluster.ok_or_else(|| unavailable("the cluster is not initialised yet"))
         };
-        self.tries(|tries| tries.check(source, clock::monotonic()))
-            .map_err(|exceeded| self.too_many(exceeded))?;
         // Cheaply first, by what this manager knows.
         let wrong = cluster().is_ok_and(|cluster| judge(token, &cluster).is_err());
         if wrong {

@@ -233,6 +233,7 @@ impl Backend for Node {
         let cluster = cluster.ok_or_else(ApiError::no_leader)?;
         let (now, internal) =
             (SystemTime::now(), |e: pki::PkiError| ApiError::internal(e.to_string()));
+        let replaces = cluster.ca_cert_pem.clone();
         let old = Root { cert_pem: cluster.ca_cert_pem, key_pem: cluster.ca_key_pem.into() };
         let new = Root::generate(cluster.id, now).map_err(internal)?;
         let rotation = CaRotation {
@@ -240,6 +241,7 @@ impl Backend for Node {
             cross_pem: old.cross_sign(&new, cluster.id, now).map_err(internal)?,
             cert_pem: new.cert_pem,
             key_pem: new.key_pem.to_string(),
+            replaces,
             started_ms: 0,
         };
         tracing::info!("another root certificate takes the place of the cluster's");

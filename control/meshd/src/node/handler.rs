@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     sync::{Arc, OnceLock, PoisonError, RwLock},
     time::Duration,
 };
@@ -221,6 +222,12 @@ impl RpcHandler for Handler {
             Standing::RecordedNode => self.recorded(from.node, "node", |_| true),
             Standing::RecordedManager => self.recorded(from.node, "manager", |node| node.manager),
         }
+    }
+
+    fn knows(&self, ip: IpAddr) -> bool {
+        let Some(records) = self.records.get() else { return false };
+        let ip = ip.to_canonical();
+        records.borrow().nodes.values().any(|node| node.address == ip || node.vtep == ip)
     }
 
     fn refusals(&self) -> &Refusals {

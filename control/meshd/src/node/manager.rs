@@ -264,12 +264,15 @@ impl Manager {
         loop {
             revisions.borrow_and_update();
             let look = |store: &Store| lock(&self.events.log).look(store, clock::wall_ms());
+            let began = Instant::now();
             let next = self.raft.read(look);
+            let took = began.elapsed();
             feeder.send_if_modified(|known| std::mem::replace(known, next) != next);
             if revisions.changed().await.is_err() {
                 return;
             }
-            tokio::time::sleep(EVENTS_GATHER).await;
+            // The larger the store, the rarer: a twentieth of a core at most.
+            tokio::time::sleep(EVENTS_GATHER.max(took * 20)).await;
         }
     }
 

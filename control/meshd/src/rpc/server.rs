@@ -66,6 +66,9 @@ const MEMBER: usize = 16;
 const BODIES_KIB: u32 = 16 << 10;
 /// Calls at a time on one connection.
 const STREAMS: u32 = 256;
+/// The same two of who wants to join.
+const JOINER_KIB: u32 = 1 << 10;
+const JOINER_STREAMS: u32 = 4;
 /// A joiner has all that it needs within this time.
 const JOINING: Duration = Duration::from_secs(60);
 /// A certificate is judged again as often, for clocks may be set.
@@ -130,6 +133,12 @@ impl Refusals {
 pub trait RpcHandler: Send + Sync + 'static {
     /// Refuses a caller that has not this standing here.
     async fn vouch(&self, from: Subject, standing: Standing) -> Result<(), RpcError>;
+
+    /// Whether this is the address of a node of the cluster: its handshakes take no stranger's
+    /// place.
+    fn knows(&self, _: IpAddr) -> bool {
+        false
+    }
 
     /// Where refusals are counted.
     fn refusals(&self) -> &Refusals;
@@ -296,7 +305,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, handler: Arc<dyn Rpc
                 continue;
             }
         };
-        let Some(guest) = Guest::admit(&shared, source(remote.ip())) else {
+        let Some(guest) = Guest::admit(&shared, remote.ip(), handler.knows(remote.ip())) else {
             let refusals = handler.refusals();
             if refusals.count(&refusals.connections) {
                 tracing::warn!(address = %remote, "too many connections without a certificate: refused");
@@ -346,17 +355,21 @@ fn broken(why: impl std::fmt::Display) -> Ended {
 
 /// The place that a connection takes until its other side proved to be a member.
 struct Guest {
-    _stranger: OwnedSemaphorePermit,
-    _of_source: Share<IpAddr>,
+    /// None if it comes from a node's address.
+    _stranger: Option<(OwnedSemaphorePermit, Share<IpAddr>)>,
     connection: Option<OwnedSemaphorePermit>,
 }
 
 impl Guest {
-    fn admit(shared: &Shared, source: IpAddr) -> Option<Self> {
+    fn admit(shared: &Shared, ip: IpAddr, known: bool) -> Option<Self> {
         let connection = Arc::clone(&shared.connections).try_acquire_owned().ok()?;
-        let stranger = Arc::clone(&shared.strangers).try_acquire_owned().ok()?;
-        let of_source = shared.strangers_each.take(source, STRANGERS_EACH)?;
-        Some(Self { _stranger: stranger, _of_source: of_source, connection: Some(connection) })
+        let stranger = if known {
+            None
+        } else {
+            let stranger = Arc::clone(&shared.strangers).try_acquire_owned().ok()?;
+            Some((stranger, shared.strangers_each.take(source(ip), STRANGERS_EACH)?))
+        };
+        Some(Self { _stranger: stranger, connection: Some(connection) })
     }
 }
 
@@ -395,7 +408,12 @@ async fn connection(
         Peer::Joiner(_) => ((Some(guest), None), Some(JOINING)),
     };
     let peer = Arc::new(peer);
-    let bodies = Arc::new(Semaphore::new(BODIES_KIB as usize));
+    // A joiner has one body to send, and nobody knows yet who it is.
+    let (bodies, streams) = match &*peer {
+        Peer::Joiner(_) => (JOINER_KIB, JOINER_STREAMS),
+        Peer::Node(_) => (BODIES_KIB, STREAMS),
+    };
+    let bodies = Arc::new(Semaphore::new(bodies as usize));
     let service = service_fn(move |request| {
         let (peer, handler) = (Arc::clone(&peer), Arc::clone(&handler));
         let bodies = Arc::clone(&bodies);
@@ -406,7 +424,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(10))
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(streams)
         .max_header_list_size(16 << 10)
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20);

@@ -264,6 +264,13 @@ impl Backend for Fake {
             cert_pem: "another certificate".into(),
             key_pem: "another key".into(),
             cross_pem: "signed by the old one".into(),
+            replaces: self
+                .lock()
+                .store
+                .cluster
+                .as_ref()
+                .map(|c| c.ca_cert_pem.clone())
+                .unwrap_or_default(),
             started_ms: 0,
         };
         self.propose(Command::RotateCa { forced, rotation: Box::new(rotation) }).await.map(drop)
