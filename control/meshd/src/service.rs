@@ -34,7 +34,7 @@ pub fn take_descriptors() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
-        tracing::warn!(%error, limit = soft, "few descriptors, and so few connections");
+        tracing::warn!(%error, "there are {soft} descriptors, and no more connections than that");
     }
 }
 

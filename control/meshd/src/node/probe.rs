@@ -27,8 +27,8 @@ use crate::{
 /// When nobody answers for this long, a socket at another port is tried: something on the way may
 /// have taken this one from us.
 const SOCKET_PATIENCE: Duration = Duration::from_secs(3);
-/// Silence shows within half a second; a machine on which much starts at once may take longer. Until
-/// then the kernel goes on by what the last daemon left.
+/// Silence shows within half a second; a machine on which much starts at once may take longer.
+/// Until then the kernel goes on by what the last daemon left.
 const JUDGED_WITHIN: Duration = Duration::from_secs(4);
 /// Sockets that are tried for a port that no service publishes.
 const SOCKET_ATTEMPTS: usize = 16;
