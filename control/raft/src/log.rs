@@ -113,9 +113,9 @@ impl State {
         self.parts.back().map_or(0, Part::next)
     }
 
-    /// Lets go of entries that the files have.
-    fn forget(&mut self) {
-        while self.recent_bytes > MEMORY_BYTES && self.recent_from() < self.written() {
+    /// Lets go of entries that the files have: those below `written`.
+    fn forget(&mut self, written: u64) {
+        while self.recent_bytes > MEMORY_BYTES && self.recent_from() < written {
             let Some((_, bytes)) = self.recent.pop_front() else { break };
             self.recent_bytes -= bytes;
         }
@@ -421,7 +421,8 @@ impl Shared {
             let part = self.create(purged_to, FILE_BYTES)?;
             state.parts.push_back(part);
         }
-        state.forget();
+        let written = state.written();
+        state.forget(written);
         Ok(())
     }
 
@@ -482,20 +483,11 @@ impl Shared {
                 state.recent.push_back((entry, length));
             }
         }
-        state.forget_all_but_recent();
+        // All of it is in files.
+        state.forget(u64::MAX);
         let (file, bytes) = (Arc::new(file), bytes.len() as u64);
         let (path, end) = (path.to_owned(), scan.end as u32);
         Ok(Part { first, path, file, bytes, records: scan.records, end })
-    }
-}
-
-impl State {
-    /// While loading: everything in memory is in files too.
-    fn forget_all_but_recent(&mut self) {
-        while self.recent_bytes > MEMORY_BYTES {
-            let Some((_, bytes)) = self.recent.pop_front() else { break };
-            self.recent_bytes -= bytes;
-        }
     }
 }
 
@@ -601,7 +593,8 @@ impl Writer {
                 part.records.append(&mut records);
                 part.end = begin + out.len() as u32;
             }
-            state.forget();
+            let written = state.written();
+            state.forget(written);
         }
         Ok(())
     }

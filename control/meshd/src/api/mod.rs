@@ -23,7 +23,7 @@ mod services;
 mod swarm;
 mod system;
 mod tasks;
-mod usage;
+pub(crate) mod usage;
 
 use std::{io, sync::Arc, time::Instant};
 

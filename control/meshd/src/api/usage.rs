@@ -94,7 +94,7 @@ fn tasks(dir: &Path) -> io::Result<Vec<Kept>> {
 }
 
 /// The bytes of all files below a directory. What goes meanwhile is not counted.
-fn bytes(dir: &Path) -> io::Result<u64> {
+pub(crate) fn bytes(dir: &Path) -> io::Result<u64> {
     let mut sum = 0;
     for entry in entries(dir)? {
         let Ok(about) = entry.metadata() else { continue };

@@ -1,6 +1,6 @@
 //! Looks up what is now, for the metrics: see [`crate::metrics`].
 
-use std::{collections::BTreeMap, fs, time::UNIX_EPOCH};
+use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
 use mesh_control::{model::NodeState, store::Store};
 use mesh_types::task::TaskState;
@@ -8,6 +8,7 @@ use mesh_types::task::TaskState;
 use super::{Node, State, manager::Manager, member::Member};
 use crate::{
     api::backend::EngineFacts,
+    api::usage,
     metrics::{self, Metric, list},
     pki,
     rpc::messages::CounterValue,
@@ -91,7 +92,8 @@ impl Node {
         }
         if let Some(manager) = manager {
             look_at_manager(&manager);
-            list::RAFT_STORE_BYTES.set(&[], directory_bytes(&self.options.raft_dir()));
+            let bytes = usage::bytes(&self.options.raft_dir()).unwrap_or_default();
+            list::RAFT_STORE_BYTES.set(&[], bytes);
         }
         metrics::text()
     }
@@ -239,11 +241,6 @@ fn place(name: &str, is_drop: bool) -> (&'static Metric, &str) {
         _ if is_drop => (&list::OVERLAY_DROPS, name),
         _ => (&list::OVERLAY_EVENTS, name),
     }
-}
-
-fn directory_bytes(path: &std::path::Path) -> u64 {
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
 
 #[cfg(test)]
